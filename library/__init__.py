@@ -1,0 +1,1 @@
+"""Everything the trainer is made of; see the file tree in README.md."""

@@ -1,0 +1,1 @@
+"""What Anima is: checkpoint reading, transformer, text encoding, VAE, flow matching, sampling."""

@@ -1,0 +1,85 @@
+"""Settings of the training data: the run's own, and those of each dataset and subset of a dataset TOML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from library.options import option
+
+
+def parse_resolution(value: Any) -> tuple[int, int]:
+    """An int, [width, height], "1024" or "832,1216" -> (width, height) in pixels; ValueError for anything else."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    sides = [_whole_number(part) for part in parts]
+    if len(sides) not in (1, 2) or any(side is None or side < 16 for side in sides):
+        raise ValueError("expected a side in pixels such as 1024, or [width, height], each 16 or more")
+    return sides[0], sides[-1]
+
+
+def _whole_number(value: Any) -> int | None:
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the pictures come from, and what is prepared ahead of training."""
+
+    dataset_config: Path | None = option(None, "Dataset TOML: [general], [[datasets]], [[datasets.subsets]].")
+    train_data_dir: Path | None = option(
+        None,
+        "Folder of pictures, searched recursively; each folder that holds pictures is a subset, and a folder named "
+        "'10_subject' repeats its pictures 10 times.",
+    )
+    cache_latents: bool = option(False, "Encode every picture once, before training, and keep the latents in memory.")
+    vae_batch_size: int = option(1, "Pictures encoded at once while latents are cached.")
+    cache_text_encoder_outputs: bool = option(
+        False, "Keep the Qwen3 states of every caption met in memory, so that no caption is encoded twice."
+    )
+    max_data_loader_n_workers: int = option(0, "Processes that load pictures beside training; 0 loads in the main one.")
+    persistent_data_loader_workers: bool = option(False, "Keep the loading processes alive between epochs.")
+    skip_broken_images: bool = option(
+        False, "Leave out pictures that cannot be read, with a count, rather than stop the run."
+    )
+
+
+@dataclass(frozen=True)
+class SubsetSettings:
+    """One folder of captioned pictures."""
+
+    image_dir: Path | None = option(None, "Folder with the pictures (not searched recursively).")
+    num_repeats: int = option(1, "How often an epoch shows each picture.")
+    caption_extension: str = option(".txt", "Ending of the caption file beside each picture.")
+    class_tokens: str | None = option(None, "Caption of a picture that has no caption file.")
+    shuffle_caption: bool = option(False, "Shuffle a caption's tags anew each time it is used.")
+    caption_separator: str = option(",", "What separates tags in a caption.")
+    keep_tokens: int = option(0, "How many tags at the start stay in place when tags are shuffled or dropped.")
+    keep_tokens_separator: str = option(
+        "", "Tags before this separator stay in place; used instead of keep_tokens where a caption contains it."
+    )
+    caption_prefix: str = option("", "Text put before every caption, never shuffled or dropped with the tags.")
+    caption_suffix: str = option("", "Text put after every caption, never shuffled or dropped with the tags.")
+    caption_dropout_rate: float = option(0.0, "Share of uses in which the whole caption is left empty (0 to 1).")
+    caption_tag_dropout_rate: float = option(0.0, "Chance of each tag to be left out at each use (0 to 1).")
+    flip_aug: bool = option(False, "Mirror pictures left to right in half of their uses.")
+
+
+@dataclass(frozen=True)
+class DatasetSettings:
+    """Pictures that share a resolution and a batch size."""
+
+    resolution: tuple[int, int] = option(
+        (1024, 1024),
+        "Training size in pixels: a side, or [width, height]; its area is the buckets' budget.",
+        parse=parse_resolution,
+    )
+    batch_size: int = option(1, "Pictures in one batch.", aliases=("train_batch_size",))
+    enable_bucket: bool = option(False, "Train each picture at its own aspect ratio, within the area budget.")
+    min_bucket_reso: int = option(256, "Shortest side of a bucket, in pixels.")
+    max_bucket_reso: int = option(1024, "Longest side of a bucket, in pixels.")
+    bucket_reso_steps: int = option(64, "Bucket sides are multiples of this, itself a multiple of 16.")
+    bucket_no_upscale: bool = option(False, "Never enlarge a picture: small ones get buckets of their own size.")
+    subsets: tuple[SubsetSettings, ...] = field(default=())

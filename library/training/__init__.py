@@ -1,0 +1,1 @@
+"""What any run needs: optimizers, schedules, run state, saving, trackers, metadata."""
