@@ -19,7 +19,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         sync_file(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -47,12 +47,12 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
 def _replace_folder(new: Path, path: Path) -> None:
     """A folder cannot be renamed over a full one, so the old one is moved aside first and removed afterwards."""
     if not path.exists():
-        os.replace(new, path)
+        new.replace(path)
         return
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     shutil.rmtree(old, ignore_errors=True)
-    os.replace(path, old)
-    os.replace(new, path)
+    path.replace(old)
+    new.replace(path)
     shutil.rmtree(old, ignore_errors=True)
 
 

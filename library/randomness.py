@@ -1,7 +1,7 @@
 """Random choices that follow from what they are for, not from how many draws came before.
 
-A generator is made from (seed, purpose, epoch, picture, repeat, …). So noise, timesteps, captions and data order are the
-same with any number of workers or GPUs and after a resume.
+A generator is made from (seed, purpose, epoch, picture, repeat, …). So noise, timesteps, captions and data order are
+the same with any number of workers or GPUs, and after a resume.
 """
 
 from __future__ import annotations
