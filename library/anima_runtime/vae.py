@@ -3,8 +3,30 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import AutoencoderKLQwenImage
+
+from library.anima_runtime.checkpoint import Rename, load_into, match_tensors, read_header
+from library.anima_runtime.file_kinds import describe_tensors
+from library.errors import ModelFileError
+
+_WHAT = "a Qwen-Image VAE"
+_DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+
+# Per channel, of the posterior's mode: the values Wan 2.1 and Qwen-Image were trained with.
+LATENT_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+LATENT_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
 
 # diffusers' names -> the original (Wan) ones, applied in order. The decoder's blocks are counted in one row in the
 # original: see `_original_name`.
@@ -26,6 +48,57 @@ _ORIGINAL_SPELLING = (
 )
 
 
+class AnimaVAE:
+    """Pixels to the latents Anima works on, and back. Latents are float32, one frame: (B, C, 1, H/8, W/8)."""
+
+    def __init__(self, model: AutoencoderKLQwenImage) -> None:
+        self.model = model
+        self.latent_channels: int = model.config.z_dim
+        self.spatial_factor: int = 2 ** (len(model.config.dim_mult) - 1)
+
+    def to(self, device: torch.device | str) -> AnimaVAE:
+        """Moves the VAE to `device`."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] to latents_BCTHW on the VAE's device: (posterior mode - mean) / std, channel by channel."""
+        frames_BCTHW = pixels_BCHW[:, :, None].to(self.model.device, self.model.dtype)
+        mode_BCTHW = self.model.encode(frames_BCTHW).latent_dist.mode().float()
+        mean, std = self._statistics()
+        return (mode_BCTHW - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
+        """Latents of one frame to pixels_BCHW, float32 on the VAE's device, clamped to [-1, 1]."""
+        mean, std = self._statistics()
+        mode_BCTHW = latents_BCTHW.to(self.model.device, torch.float32) * std + mean
+        frames_BCTHW = self.model.decode(mode_BCTHW.to(self.model.dtype)).sample
+        return frames_BCTHW[:, :, 0].float().clamp(-1, 1)
+
+    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = torch.tensor((LATENT_MEAN, LATENT_STD), device=self.model.device)[:, :, None, None, None]
+        return mean, std
+
+
+def load_vae(path: Path, dtype: torch.dtype, device: torch.device | str) -> AnimaVAE:
+    """The VAE of a .safetensors file with original (Wan) or diffusers' names, or of a diffusers folder.
+
+    All sizes are read from the tensors' shapes. Raises ModelFileError for a wrong file, and for missing, unknown or
+    mis-shaped tensors by name.
+    """
+    file, model, rename = _plan_vae(path)
+    load_into(model, file, rename, dtype, device, _WHAT)
+    return AnimaVAE(model)
+
+
+def check_vae_file(path: Path) -> None:
+    """Raises whatever load_vae would raise, from the file's header alone."""
+    file, model, rename = _plan_vae(path)
+    match_tensors(file, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, rename, _WHAT)
+
+
 def original_vae_names(vae: AutoencoderKLQwenImage) -> dict[str, str]:
     """Every tensor of `vae` by diffusers' name -> its name in the original (Wan) file; one-to-one."""
     residual_blocks = vae.config.num_res_blocks
@@ -33,7 +106,7 @@ def original_vae_names(vae: AutoencoderKLQwenImage) -> dict[str, str]:
 
 
 def _original_name(name: str, residual_blocks: int) -> str:
-    """A level of the decoder is `residual_blocks` + 1 residual blocks and an upsampler, counted on from level to level."""
+    """A decoder level is `residual_blocks` + 1 residual blocks, then an upsampler, counted on through all levels."""
 
     def index_in_row(match: re.Match[str]) -> str:
         level, kind, index = int(match[1]), match[2], int(match[3])
@@ -44,3 +117,50 @@ def _original_name(name: str, residual_blocks: int) -> str:
     for pattern, replacement in _ORIGINAL_SPELLING:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def _plan_vae(path: Path) -> tuple[Path, AutoencoderKLQwenImage, Rename]:
+    """The file to read, the VAE of its sizes on the meta device, and how its names become diffusers'."""
+    file = path / _DIFFUSERS_FILE if path.is_dir() else path
+    header = read_header(file)
+    shapes = {name: tensor.shape for name, tensor in header.items()}
+    has_diffusers_names = "encoder.conv_in.weight" in shapes
+    try:
+        sizes = _read_sizes(shapes, lambda name: name if has_diffusers_names else _original_name(name, 0))
+    except (KeyError, IndexError) as error:
+        raise ModelFileError(f"{file} was given as {_WHAT}, and looks like {describe_tensors(shapes)}.") from error
+    if sizes["z_dim"] != len(LATENT_MEAN):
+        raise ModelFileError(f"{file} is a VAE with {sizes['z_dim']} latent channels; Anima's has {len(LATENT_MEAN)}.")
+    with torch.device("meta"):
+        model = AutoencoderKLQwenImage(**sizes)
+    if has_diffusers_names:
+        return file, model, lambda name: name
+    diffusers_names = {original: name for name, original in original_vae_names(model).items()}
+    return file, model, lambda name: diffusers_names.get(name, name)
+
+
+def _read_sizes(shapes: Mapping[str, tuple[int, ...]], spell: Callable[[str], str]) -> dict[str, Any]:
+    """AutoencoderKLQwenImage's arguments, from the encoder's shapes; KeyError or IndexError where one is not there.
+
+    spell: the file's name for a tensor, given diffusers' (the encoder's names do not depend on the sizes).
+    """
+    base_dim = shapes[spell("encoder.conv_in.weight")][0]
+    widths_by_level: list[list[int]] = [[]]
+    temporal = []
+    for index in count():
+        block = f"encoder.down_blocks.{index}"
+        last_conv = shapes.get(spell(f"{block}.conv2.weight"))
+        if last_conv is not None:
+            widths_by_level[-1].append(last_conv[0])
+        elif spell(f"{block}.resample.1.weight") in shapes:
+            temporal.append(spell(f"{block}.time_conv.weight") in shapes)
+            widths_by_level.append([])
+        else:
+            break
+    return {
+        "base_dim": base_dim,
+        "z_dim": shapes[spell("post_quant_conv.weight")][0],
+        "dim_mult": [widths[-1] // base_dim for widths in widths_by_level],
+        "num_res_blocks": len(widths_by_level[0]),
+        "temperal_downsample": temporal,
+    }
