@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.quantised import StoredTensor, apply_scale, fold_scales
+from library.anima_runtime.transformer import AnimaTransformer
 from library.errors import ModelFileError
 
 Rename = Callable[[str], str | None]
 
 # A file's pages stay in memory while it is open, so it is opened again for every 32 MiB of tensors.
 _BYTES_PER_OPENING = 32 * 2**20
+
+_TRANSFORMER = "an Anima transformer"
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "")
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -83,6 +88,45 @@ def load_into(
     state = dict(_read_tensors(path, matched, dtype, torch.device(device)))
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
+
+
+def check_transformer_file(path: Path) -> AnimaConfig:
+    """Tells the model's sizes from the file's header; raises ModelFileError where load_transformer would."""
+    header = read_header(path)
+    rename = _transformer_rename(header)
+    shapes = {rename(name) or name: tensor.shape for name, tensor in fold_scales(path, header).items()}
+    try:
+        config = AnimaConfig.from_shapes(shapes)
+    except ModelFileError as error:
+        kind = describe_tensors(header)
+        raise ModelFileError(f"{path} was given as {_TRANSFORMER}, and looks like {kind}. {error}") from error
+    with torch.device("meta"):
+        expected = AnimaTransformer(config).state_dict()
+    match_tensors(path, {name: tuple(tensor.shape) for name, tensor in expected.items()}, rename, _TRANSFORMER)
+    return config
+
+
+def load_transformer(path: Path, dtype: torch.dtype, device: torch.device | str) -> AnimaTransformer:
+    """The frozen transformer, with its LLM adapter, of a checkpoint with any of the known name prefixes.
+
+    Host memory peaks at little more than the weights in `dtype` (on a GPU: at little more than nothing).
+    Raises ModelFileError; see match_tensors.
+    """
+    with torch.device("meta"):
+        transformer = AnimaTransformer(check_transformer_file(path))
+    load_into(transformer, path, _transformer_rename(read_header(path)), dtype, device, _TRANSFORMER)
+    return transformer
+
+
+def _transformer_rename(names: Collection[str]) -> Rename:
+    """Strips the prefix that the file's names have, and leaves out the position buffers, which are computed."""
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}x_embedder.proj.1.weight" in names), "")
+
+    def rename(name: str) -> str | None:
+        bare = name.removeprefix(prefix)
+        return None if bare.startswith("pos_embedder.") else bare
+
+    return rename
 
 
 def _read_tensors(

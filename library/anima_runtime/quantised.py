@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from library.anima_runtime.file_kinds import describe_tensors
 from library.errors import ModelFileError
 
 _FLOAT_TYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
@@ -52,16 +53,14 @@ def fold_scales(path: Path, header: Mapping[str, StoredTensor]) -> dict[str, Sto
     Raises ModelFileError naming the first tensor of a format that cannot be decoded exactly.
     """
     for name, tensor in header.items():
-        if (name.endswith(_UNREADABLE) or ".quant_state." in name or tensor.dtype not in _FLOAT_TYPES) and (
-            not name.endswith(_FORMAT)
-        ):
-            raise _refusal(path, f"{name} ({tensor.dtype})")
-    _check_formats(path, [name for name in header if name.endswith(_FORMAT)])
+        if not name.endswith(_FORMAT) and (name.endswith(_UNREADABLE) or tensor.dtype not in _FLOAT_TYPES):
+            raise _refusal(path, header, f"{name} ({tensor.dtype})")
+    _check_formats(path, header)
     scale_of = {_weight_name(name): name for name in header if name.endswith(_SCALES)}
     scale_of = {weight: scale for weight, scale in scale_of.items() if weight in header}
     for weight, scale in scale_of.items():
         if header[scale].shape not in _scale_shapes(header[weight].shape):
-            raise _refusal(path, f"{scale} of shape {list(header[scale].shape)}")
+            raise _refusal(path, header, f"{scale} of shape {list(header[scale].shape)}")
     folded = set(scale_of.values()) | {name for name in header if _is_marker(name, scale_of)}
     return {name: replace(tensor, scale=scale_of.get(name)) for name, tensor in header.items() if name not in folded}
 
@@ -87,20 +86,22 @@ def _scale_shapes(weight: tuple[int, ...]) -> set[tuple[int, ...]]:
     return {(), (1,), (1, 1), (rows,), (rows, *[1] * (len(weight) - 1))}
 
 
-def _check_formats(path: Path, names: list[str]) -> None:
+def _check_formats(path: Path, header: Mapping[str, StoredTensor]) -> None:
+    names = [name for name in header if name.endswith(_FORMAT)]
     if not names:
         return
     with safe_open(path, framework="pt") as file:
         for name in names:
             try:
-                format_name = json.loads(bytes(file.get_tensor(name).tolist()))["format"]
+                layer_format = json.loads(bytes(file.get_tensor(name).tolist()))["format"]
             except (ValueError, KeyError, TypeError) as error:
-                raise _refusal(path, name) from error
-            if format_name not in _READABLE_FORMATS:
-                raise _refusal(path, f"{name} ({format_name})")
+                raise _refusal(path, header, name) from error
+            if layer_format not in _READABLE_FORMATS:
+                raise _refusal(path, header, f"{name} ({layer_format})")
 
 
-def _refusal(path: Path, tensor: str) -> ModelFileError:
+def _refusal(path: Path, header: Mapping[str, StoredTensor], tensor: str) -> ModelFileError:
     return ModelFileError(
-        f"{path} is quantised in a way that cannot be decoded exactly: {tensor}. Use the bf16 file, or a float8 one."
+        f"{path} (it looks like {describe_tensors(header)}) cannot be decoded exactly: {tensor}. "
+        "Use the bfloat16 file, or a float8 one with scales."
     )
