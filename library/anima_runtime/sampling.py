@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import nn
+
+from library.anima_runtime.prompts import PromptRequest
+from library.anima_runtime.text_encoding import CaptionEncoder, pad_captions
 from library.options import option
 
 
@@ -18,3 +29,103 @@ class SampleSettings:
     sample_every_n_steps: int | None = option(None, "Render the prompts every so many optimizer steps.")
     sample_every_n_epochs: int | None = option(None, "Render the prompts every so many epochs.")
     sample_at_first: bool = option(False, "Render the prompts before the first step as well.")
+
+
+class LatentDecoder(Protocol):
+    """The part of AnimaVAE that rendering needs."""
+
+    latent_channels: int
+    spatial_factor: int
+
+    def decode(self, latents_BCTHW: torch.Tensor) -> torch.Tensor: ...
+
+
+@torch.no_grad()
+def render(
+    transformer: nn.Module,
+    vae: LatentDecoder,
+    text_encoder: CaptionEncoder,
+    request: PromptRequest,
+    device: torch.device | str,
+    min_context_length: int = 512,
+) -> Image.Image:
+    """The picture `request` asks for. `transformer` is an AnimaTransformer (or the like) on `device`.
+
+    Global random states stay as they are, and every module of the transformer gets its train or eval mode back.
+    """
+    with _eval_mode(transformer):
+        contexts = _encode_prompts(transformer, text_encoder, request, device, min_context_length)
+        latents = denoise(transformer, _initial_noise(vae, request).to(device), contexts, request)
+    return _to_picture(vae.decode(latents))
+
+
+def denoise(
+    transformer: nn.Module, noise_BCTHW: torch.Tensor, contexts: list[torch.Tensor], request: PromptRequest
+) -> torch.Tensor:
+    """Euler steps from noise (t = 1) to latents (t = 0), fp32. contexts: the prompt's (1, L, D), then the negative's.
+
+    Schedule 'simple': sigma_i = s u / (1 + (s - 1) u) with u = 1 - i/n, the model's t being sigma itself.
+    """
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=request.flow_shift)
+    # Given as sigmas: from a number of steps alone the scheduler would shift twice (0.09 off at 28 steps).
+    scheduler.set_timesteps(sigmas=[1 - i / request.steps for i in range(request.steps)], device=noise_BCTHW.device)
+    latents = noise_BCTHW
+    for sigma, scheduler_t in zip(scheduler.sigmas[:-1], scheduler.timesteps, strict=True):
+        velocities = [transformer(latents, sigma.reshape(1), context).float() for context in contexts]
+        velocity = guide(*velocities, cfg=request.cfg)
+        latents = scheduler.step(velocity, scheduler_t, latents).prev_sample
+    return latents
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor | None = None, *, cfg: float) -> torch.Tensor:
+    """Classifier-free guidance: unconditional + cfg (conditional - unconditional)."""
+    if unconditional is None:
+        return conditional
+    return unconditional + cfg * (conditional - unconditional)
+
+
+def _encode_prompts(
+    transformer: nn.Module,
+    text_encoder: CaptionEncoder,
+    request: PromptRequest,
+    device: torch.device | str,
+    min_context_length: int,
+) -> list[torch.Tensor]:
+    """The contexts of the prompt and, when guidance needs it, of the negative prompt.
+
+    Each goes through the model alone: padding the shorter to the longer would add zero rows, which change a result.
+    """
+    prompts = [request.prompt] if request.cfg == 1 else [request.prompt, request.negative]
+    contexts = []
+    for states in text_encoder.encode(prompts):
+        text = pad_captions([states], device)
+        contexts.append(
+            transformer.encode_context(
+                text.qwen_states_BSD, text.qwen_mask_BS, text.t5_ids_BL, text.t5_mask_BL, min_context_length
+            )
+        )
+    return contexts
+
+
+def _initial_noise(vae: LatentDecoder, request: PromptRequest) -> torch.Tensor:
+    """Noise (1, C, 1, H/8, W/8) from a CPU generator, so that a seed means the same picture on every device."""
+    sides = (request.height // vae.spatial_factor, request.width // vae.spatial_factor)
+    generator = torch.Generator("cpu").manual_seed(request.seed)
+    return torch.randn((1, vae.latent_channels, 1, *sides), generator=generator)
+
+
+def _to_picture(pixels_BCHW: torch.Tensor) -> Image.Image:
+    """Pixels (1, 3, H, W) in [-1, 1] to 8 bits a channel, rounded."""
+    levels = ((pixels_BCHW[0] + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
+    return Image.fromarray(np.ascontiguousarray(levels.permute(1, 2, 0).numpy()))
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
