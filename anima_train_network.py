@@ -1,0 +1,156 @@
+"""Trains an adapter for Anima:  accelerate launch anima_train_network.py --config_file my.toml"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
+from library.anima_runtime.flow import SampleKey, add_noise, draw_noise, draw_timesteps, velocity_losses
+from library.anima_runtime.prompts import parse_prompt_lines
+from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3
+from library.anima_runtime.sampling import render
+from library.anima_runtime.text_encoding import CachedTextEncoder, TextEncoder, pad_captions
+from library.anima_runtime.tokenizers import (
+    check_t5_tokenizer,
+    find_qwen_tokenizer,
+    load_qwen_tokenizer,
+    load_t5_tokenizer,
+)
+from library.anima_runtime.vae import check_vae_file, load_vae
+from library.console import show_error, show_log_messages
+from library.data.dataset import Batch
+from library.errors import UserError
+from library.files import write_atomically
+from library.settings import read_settings
+from library.training.interrupts import Interrupted
+from library.training.run import chooses_checkpointing
+from train_network import NetworkTrainer
+
+logger = logging.getLogger("anima_train_network")
+
+
+class AnimaNetworkTrainer(NetworkTrainer):
+    """What is Anima's own in a training run."""
+
+    def check_model_files(self) -> None:
+        model, prompts = self.settings.model, self.settings.sampling.sample_prompts
+        self.config = check_transformer_file(model.pretrained_model_name_or_path)
+        check_vae_file(model.vae)
+        check_qwen_file(model.qwen)
+        find_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir)
+        check_t5_tokenizer(model.t5_tokenizer_dir)
+        self.prompts = parse_prompt_lines(prompts) if prompts is not None else []
+
+    def load_models(self) -> nn.Module:
+        model = self.settings.model
+        # Qwen3's activations are not known to stay within fp16.
+        text_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        text_encoder = TextEncoder(
+            load_qwen3(model.qwen, text_dtype, self.device),
+            load_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir),
+            load_t5_tokenizer(model.t5_tokenizer_dir),
+        )
+        caches_text = self.settings.data.cache_text_encoder_outputs
+        self.text_encoder = CachedTextEncoder(text_encoder) if caches_text else text_encoder
+        self.vae = load_vae(model.vae, self.dtype, self.device)
+        self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, self.device)
+        self.transformer.gradient_checkpointing = chooses_checkpointing(self.settings.run, self.device)
+        logger.info(
+            "%s with %d blocks in %s on %s, gradient checkpointing %s",
+            model.pretrained_model_name_or_path,
+            self.config.depth,
+            str(self.dtype).removeprefix("torch."),
+            self.device,
+            "on" if self.transformer.gradient_checkpointing else "off",
+        )
+        return self.transformer
+
+    def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        return self.vae.encode(pixels_BCHW)
+
+    def latents_are_cached(self) -> None:
+        self.vae.to("cpu")
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """Flow-matching loss of each sample; noise and timestep follow from the sample's key."""
+        if batch.latents_BCTHW is None:
+            latents = self.encode_pixels(batch.pixels_BCHW)
+        else:
+            latents = batch.latents_BCTHW.to(self.device, non_blocking=True)
+        keys, seed = [SampleKey(*key) for key in batch.keys], self.settings.run.seed
+        noise = draw_noise(keys, seed, latents)
+        timesteps = draw_timesteps(keys, seed, self.settings.objective, self.device)
+        noisy = add_noise(latents, noise, timesteps)
+        losses = torch.empty(len(keys), device=self.device)
+        for rows, context in self.contexts(batch.captions):
+            velocity = self.transformer(noisy[rows], timesteps[rows], context)
+            losses[rows] = velocity_losses(velocity, latents[rows], noise[rows])
+        return losses
+
+    def contexts(self, captions: Sequence[str]) -> list[tuple[list[int] | slice, Tensor]]:
+        """The text context of each caption, as (their rows in the batch, context_BLD).
+
+        A context is as long as its caption alone would make it, so captions that need more than the least length go
+        through the model apart from the others: zero rows are part of the model's input, more of them change a result.
+        """
+        states = self.text_encoder.encode(captions)
+        least = self.settings.model.anima_seq_len
+        groups: dict[int, list[int]] = {}
+        for row, caption in enumerate(states):
+            groups.setdefault(max(least, len(caption.t5_ids)), []).append(row)
+        contexts = []
+        for rows in groups.values():
+            text = pad_captions([states[row] for row in rows], self.device)
+            with torch.set_grad_enabled(self.network.trains_llm_adapter):
+                context = self.transformer.encode_context(
+                    text.qwen_states_BSD, text.qwen_mask_BS, text.t5_ids_BL, text.t5_mask_BL, least
+                )
+            contexts.append((rows if len(groups) > 1 else slice(None), context))
+        return contexts
+
+    def render_samples(self, folder: Path, tag: str) -> None:
+        self.vae.to(self.device)
+        for number, request in enumerate(self.prompts):
+            picture = render(
+                self.transformer, self.vae, self.text_encoder, request, self.device, self.settings.model.anima_seq_len
+            )
+            stamp = f"{datetime.now():%Y%m%d%H%M%S}"
+            path = folder / f"{self.settings.saving.output_name}_{tag}_{number:02d}_{stamp}_{request.seed}.png"
+            write_atomically(path, lambda file, picture=picture: picture.save(file, format="PNG"))
+            logger.info("sample: %s", path.resolve())
+        if self.settings.data.cache_latents:
+            self.vae.to("cpu")
+
+    def model_facts(self) -> Mapping[str, Any]:
+        model = self.settings.model
+        return {
+            "model_name": model.pretrained_model_name_or_path.name,
+            "vae_name": model.vae.name,
+            "depth": self.config.depth,
+        }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted (and saved)."""
+    accelerator = Accelerator(mixed_precision="no")
+    show_log_messages(accelerator.is_main_process)
+    try:
+        AnimaNetworkTrainer(read_settings(sys.argv[1:] if arguments is None else arguments), accelerator).train()
+    except UserError as error:
+        if accelerator.is_main_process:
+            show_error(error)
+        return 130 if isinstance(error, Interrupted) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,306 @@
+"""The training loop, whatever the model: read `NetworkTrainer.train` from top to bottom.
+
+A subclass tells it what the model is by filling in the hooks; `anima_train_network.py` does so for Anima.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from library.console import progress_bar
+from library.data.dataset import Batch, TrainingBatches
+from library.data.epochs import bucket_table, steps_per_epoch
+from library.data.latents import cache_latents
+from library.data.pictures import scan_datasets
+from library.data.summary import describe_datasets, tag_frequency
+from library.errors import SettingError, UserError
+from library.randomness import derive_seed
+from library.settings import Settings, settings_as_flat_dict
+from library.training.interrupts import Interrupted, stop_requests
+from library.training.metadata import RunFacts, adapter_metadata
+from library.training.meter import Meter
+from library.training.optimizers import make_optimizer, optimizer_arguments, split_arguments
+from library.training.run import DTYPES, RunState, planned_steps
+from library.training.saving import SAVE_DTYPES, epoch_name, is_due, step_name
+from library.training.schedules import make_schedule
+from library.training.states import Resumable, load_state, save_state
+from library.training.trackers import Tracker
+
+logger = logging.getLogger("train_network")
+
+
+class NetworkTrainer:
+    """Trains an adapter network on captioned pictures.
+
+    `train` is the whole run. What depends on the model is in the hooks, which a subclass implements.
+    """
+
+    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+        self.settings = settings
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.dtype = DTYPES[settings.run.mixed_precision]
+
+    # --- hooks: what the model is ---
+
+    def check_model_files(self) -> None:
+        """Refuses wrong model files by what their headers say, before anything is loaded."""
+        raise NotImplementedError
+
+    def load_models(self) -> nn.Module:
+        """Loads all models, frozen, and returns the one whose Linears are adapted."""
+        raise NotImplementedError
+
+    def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] -> latents."""
+        raise NotImplementedError
+
+    def latents_are_cached(self) -> None:
+        """Called when no picture will be encoded any more: frees what only that needed."""
+
+    def sample_losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample of a batch: float32 [B]."""
+        raise NotImplementedError
+
+    def render_samples(self, folder: Path, tag: str) -> None:
+        """Renders the sample prompts into `folder`; `tag` (e000002 or 000100) goes into the names."""
+        raise NotImplementedError
+
+    def model_facts(self) -> Mapping[str, Any]:
+        """model_name, vae_name and depth, for the metadata."""
+        raise NotImplementedError
+
+    # --- the run ---
+
+    def train(self) -> None:
+        """Everything from the checks to the saved adapter.
+
+        Raises UserError for what the user can put right. When a run is interrupted (Ctrl+C, SIGTERM) or runs out of
+        GPU memory, the adapter as it then is is saved first.
+        """
+        settings, run, saving = self.settings, self.settings.run, self.settings.saving
+        is_main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
+        started_at, started = time.time(), time.perf_counter()
+
+        # What can be known to be wrong is found before a model is loaded: settings, model files, pictures.
+        network_module = import_network_module(settings.network.network_module)
+        network_arguments = self.network_arguments()
+        optimizer_arguments(settings.optimizer)
+        self.check_model_files()
+        pictures = scan_datasets(settings.datasets, settings.data.skip_broken_images, show_progress=is_main)
+        batch_sizes = [dataset.batch_size for dataset in settings.datasets]
+        epoch_steps = steps_per_epoch(pictures, batch_sizes, run.gradient_accumulation_steps, processes)
+        total_steps = planned_steps(run, epoch_steps)
+        logger.info("%s", bucket_table(pictures, batch_sizes))
+
+        # Models, latents, adapter, optimizer.
+        set_seed(run.seed)
+        model = self.load_models()
+        latents = None
+        if settings.data.cache_latents:
+            latents = cache_latents(pictures, self.encode_pixels, settings.data.vae_batch_size, show_progress=is_main)
+            self.latents_are_cached()
+        batches = TrainingBatches(
+            pictures, batch_sizes, run.seed, accumulation=run.gradient_accumulation_steps,
+            rank=self.accelerator.process_index, world_size=processes, latents=latents,
+            workers=settings.data.max_data_loader_n_workers,
+            persistent_workers=settings.data.persistent_data_loader_workers,
+        )  # fmt: skip
+        self.network = self.attach_network(network_module, network_arguments, model)
+        rate = settings.optimizer.learning_rate
+        parameter_groups = self.network.prepare_optimizer_params(None, None, rate)
+        optimizer = make_optimizer(settings.optimizer, parameter_groups, self.device)
+        schedule = make_schedule(settings.schedule, optimizer, total_steps)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=run.mixed_precision == "fp16")
+        self.parts = Resumable(self.network, optimizer, schedule, scaler)
+        self.state = RunState()
+        if run.resume is not None:
+            self.state = load_state(run.resume, self.parts)
+            logger.info("resumed from %s at step %d of %d", run.resume, self.state.step, total_steps)
+        self.facts = RunFacts(
+            **self.model_facts(),
+            num_train_images=sum(picture.repeats for picture in pictures),
+            num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
+            num_epochs=-(-total_steps // epoch_steps),
+            max_train_steps=total_steps,
+            started_at=started_at,
+            network_args=network_arguments,
+            datasets=describe_datasets(settings.datasets, pictures),
+            tag_frequency=tag_frequency(pictures),
+        )
+        tracker = Tracker(settings.logging, saving.output_name, is_main)
+        if tracker.folder is not None:
+            logger.info("curves: %s", tracker.folder.resolve())
+        if settings.sampling.sample_at_first and self.state.step == 0:
+            self.sample("e000000")
+
+        # Each window of batches makes one optimizer step; saves and states lie between steps.
+        logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
+        meter = Meter(self.state.step, self.device)
+        bar = progress_bar(total_steps, "steps", self.state.step, "step", shown=is_main)
+        self.network.train()
+        with stop_requests() as stop, bar:
+            while self.state.step < total_steps and not stop.requested:
+                for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
+                    torch.manual_seed(derive_seed(run.seed, "dropout", self.state.step, self.accelerator.process_index))
+                    try:
+                        meter.add(self.step(window.batches, window.sample_count))
+                    except torch.OutOfMemoryError as error:
+                        self.save_interrupted()
+                        raise UserError(out_of_memory_message(window.batches)) from error
+                    epoch_ended = self.state.advance(epoch_steps)
+                    step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
+                    bar.update()
+                    if is_due(settings.logging.log_every_n_steps, step) or step == 1 or epoch_ended or finished:
+                        rates = {
+                            f"lr/{group['name']}": rate
+                            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True)
+                        }
+                        tracker.log({**meter.read(step), **rates}, step)
+                        bar.set_postfix(meter.shown())
+                    if epoch_ended:
+                        tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
+                    if not finished and is_due(saving.save_every_n_steps, step):
+                        self.save(step_name(saving.output_name, step), with_state=saving.save_state)
+                    if not finished and epoch_ended and is_due(saving.save_every_n_epochs, epoch):
+                        self.save(epoch_name(saving.output_name, epoch), with_state=saving.save_state)
+                    if is_due(settings.sampling.sample_every_n_steps, step):
+                        self.sample(f"{step:06d}")
+                    if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
+                        self.sample(f"e{epoch:06d}")
+                    if finished or stop.requested:
+                        break
+        tracker.close()
+        logger.info("%s", meter.summary())
+        if self.state.step < total_steps:
+            self.save_interrupted()
+            raise Interrupted(f"stopped at step {self.state.step} of {total_steps}; the adapter and a state are saved")
+        self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
+
+    def step(self, batches: list[Batch], sample_count: int) -> Tensor:
+        """One optimizer step over a window of batches: the mean loss over all its samples, on every GPU.
+
+        sample_count: samples of the whole window, all processes together. Returns that mean, on the device, detached.
+        """
+        parts = self.parts
+        mean_loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            loss = self.sample_losses(batch).sum() * (float(batch.counted) / sample_count)
+            parts.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+        if self.accelerator.num_processes > 1:
+            self.sum_over_processes([p.grad for p in self.network.parameters() if p.grad is not None] + [mean_loss])
+        parts.scaler.unscale_(parts.optimizer)
+        if self.settings.optimizer.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.optimizer.max_grad_norm)
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.schedule.step()
+        parts.optimizer.zero_grad(set_to_none=True)
+        return mean_loss
+
+    @staticmethod
+    def sum_over_processes(tensors: list[Tensor]) -> None:
+        """Replaces each float32 tensor by its sum over all processes, in one exchange."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+    # --- the adapter ---
+
+    def network_arguments(self) -> dict[str, str]:
+        """network_args as a dictionary, with the settings that stand beside it. SettingError: the two contradict."""
+        arguments = split_arguments("network_args", self.settings.network.network_args)
+        trains = str(self.settings.network.train_llm_adapter).lower()
+        contradicted = arguments.setdefault("train_llm_adapter", trains).lower() != trains
+        if contradicted and "train_llm_adapter" in self.settings.given:
+            raise SettingError(
+                f"train_llm_adapter is {trains}, but network_args says "
+                f"train_llm_adapter={arguments['train_llm_adapter']}: keep one of them"
+            )
+        return arguments
+
+    def attach_network(self, module: ModuleType, arguments: dict[str, str], model: nn.Module) -> nn.Module:
+        """Builds the adapter network, attaches it to the model and moves it to the device, in float32."""
+        chosen = self.settings.network
+        network = module.create_network(
+            1.0, chosen.network_dim, chosen.network_alpha, None, None, model,
+            neuron_dropout=chosen.network_dropout, **arguments,
+        )  # fmt: skip
+        if chosen.network_weights is not None:
+            network.load_weights(chosen.network_weights)
+        network.apply_to(None, model, False, True)
+        network.to(self.device, torch.float32)
+        parameters = list(network.parameters())
+        logger.info(
+            "adapter: %s on %d modules, rank %d, alpha %g, %d parameters",
+            chosen.network_module, len(network.adapters), chosen.network_dim, chosen.network_alpha,
+            sum(parameter.numel() for parameter in parameters),
+        )  # fmt: skip
+        return network
+
+    # --- files ---
+
+    def save(self, name: str, with_state: bool) -> None:
+        """Writes <name>.safetensors and, where asked, the folder <name>-state; by the main process."""
+        if not self.accelerator.is_main_process:
+            return
+        saving = self.settings.saving
+        path = saving.output_dir / f"{name}.safetensors"
+        metadata = None
+        if not saving.no_metadata:
+            epoch = self.state.epoch + (self.state.step_in_epoch > 0)
+            metadata = adapter_metadata(
+                settings_as_flat_dict(self.settings), self.facts, self.state.step, epoch, time.time()
+            )
+        self.network.save_weights(path, SAVE_DTYPES[saving.save_precision], metadata)
+        logger.info("saved %s", path.resolve())
+        if with_state:
+            folder = saving.output_dir / f"{name}-state"
+            save_state(folder, self.parts, self.state)
+            logger.info("saved %s", folder.resolve())
+
+    def save_interrupted(self) -> None:
+        """Saves what an ending run has reached, with a state to resume from."""
+        self.save(step_name(self.settings.saving.output_name, self.state.step), with_state=True)
+
+    def sample(self, tag: str) -> None:
+        """Renders the sample prompts, if there are any, without dropout; by the main process."""
+        if self.settings.sampling.sample_prompts is None or not self.accelerator.is_main_process:
+            return
+        self.network.eval()
+        self.render_samples(self.settings.saving.output_dir / "sample", tag)
+        self.network.train()
+
+
+def import_network_module(name: str) -> ModuleType:
+    """The module that network_module names. SettingError: there is none, or it builds no networks."""
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise SettingError(f"network_module: {name!r} cannot be imported ({error}); use networks.lora_anima") from error
+    if not hasattr(module, "create_network"):
+        raise SettingError(f"network_module: {name!r} has no create_network; use networks.lora_anima")
+    return module
+
+
+def out_of_memory_message(batches: list[Batch]) -> str:
+    """What was being trained when the GPU's memory ran out, and what would help."""
+    shapes = sorted({f"{len(batch.captions)} x {batch.bucket[0]}x{batch.bucket[1]}" for batch in batches})
+    return (
+        f"CUDA out of memory while training a batch of {' or '.join(shapes)} pixels. The adapter was saved as it was "
+        "before this step. What needs less memory: gradient_checkpointing = true, a smaller batch_size "
+        "(with gradient_accumulation_steps to make up for it), a smaller resolution."
+    )
