@@ -1,0 +1,99 @@
+"""The order of an epoch: which uses of which pictures form a batch, and which batches form an optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from library.data.pictures import Picture
+from library.randomness import python_random
+
+
+@dataclass(frozen=True)
+class Item:
+    """One use of a picture: its place in the list of pictures, and which of its repeats (from 0)."""
+
+    picture: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Uses of pictures that share a dataset and a bucket.
+
+    counted: False for a copy that only keeps a rank busy; its loss must not count.
+    """
+
+    items: tuple[Item, ...]
+    counted: bool = True
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step: batches_of_rank[rank] are that rank's batches, equally many for every rank.
+
+    sample_count: samples that count, over all ranks; the step's loss is the sum over them divided by it.
+    """
+
+    batches_of_rank: tuple[tuple[BatchPlan, ...], ...]
+    sample_count: int
+
+
+def plan_epoch(
+    pictures: Sequence[Picture], batch_sizes: Sequence[int], seed: int, epoch: int, accumulation: int, world_size: int
+) -> list[StepPlan]:
+    """The steps of an epoch, which use each (picture, repeat) exactly once, in an order drawn from (seed, epoch).
+
+    batch_sizes: one per dataset. A bucket's last batch is smaller if need be. A step takes accumulation * world_size
+    batches; the epoch's last step takes what is left.
+    """
+    random = python_random(seed, "order", epoch)
+    batches = []
+    for (dataset, _), items in sorted(_items_by_bucket(pictures).items()):
+        random.shuffle(items)
+        size = batch_sizes[dataset]
+        batches += [BatchPlan(tuple(items[start : start + size])) for start in range(0, len(items), size)]
+    random.shuffle(batches)
+    per_step = accumulation * world_size
+    return [_step(batches[start : start + per_step], world_size) for start in range(0, len(batches), per_step)]
+
+
+def steps_per_epoch(pictures: Sequence[Picture], batch_sizes: Sequence[int], accumulation: int, world_size: int) -> int:
+    """How many optimizer steps each epoch has."""
+    batches = sum(
+        math.ceil(len(items) / batch_sizes[dataset]) for (dataset, _), items in _items_by_bucket(pictures).items()
+    )
+    return math.ceil(batches / (accumulation * world_size))
+
+
+def bucket_table(pictures: Sequence[Picture], batch_sizes: Sequence[int]) -> str:
+    """A table to show at the start: each bucket's pictures, their uses in an epoch, and the batches these make."""
+    lines = [f"{'dataset':>7}  {'bucket':>11}  {'pictures':>8}  {'with repeats':>12}  {'batches':>7}"]
+    for (dataset, (width, height)), items in sorted(_items_by_bucket(pictures).items()):
+        distinct = len({item.picture for item in items})
+        batches = math.ceil(len(items) / batch_sizes[dataset])
+        lines.append(f"{dataset:>7}  {f'{width}x{height}':>11}  {distinct:>8}  {len(items):>12}  {batches:>7}")
+    return "\n".join(lines)
+
+
+def _items_by_bucket(pictures: Iterable[Picture]) -> dict[tuple[int, tuple[int, int]], list[Item]]:
+    """(dataset, bucket) -> every use of its pictures."""
+    groups = defaultdict(list)
+    for index, picture in enumerate(pictures):
+        groups[picture.dataset, picture.bucket] += [Item(index, repeat) for repeat in range(picture.repeats)]
+    return groups
+
+
+def _step(batches: Sequence[BatchPlan], world_size: int) -> StepPlan:
+    """Deals the batches to the ranks in turn; ranks left without one get a copy of the first that does not count.
+
+    So all ranks run equally many backward passes, which gradient synchronisation needs.
+    """
+    copies = [BatchPlan(batches[0].items, counted=False)] * (-len(batches) % world_size)
+    dealt = [*batches, *copies]
+    return StepPlan(
+        batches_of_rank=tuple(tuple(dealt[rank::world_size]) for rank in range(world_size)),
+        sample_count=sum(len(batch.items) for batch in batches),
+    )

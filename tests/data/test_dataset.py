@@ -1,0 +1,151 @@
+"""Batches are the same with any number of workers, from any starting step, on any rank."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+
+from library.data.dataset import TrainingBatches, _BatchDataset
+from library.data.epochs import BatchPlan, Item
+from library.data.latents import cache_latents
+from library.data.pictures import scan_datasets
+from library.data.pixels import load_pixels
+from library.data.settings import DatasetSettings, SubsetSettings
+
+
+@pytest.fixture
+def pictures(tmp_path, draw):
+    for index in range(7):
+        draw(f"p{index}", (64, 64) if index < 5 else (128, 32), "one, two, three, four")
+    subset = SubsetSettings(image_dir=tmp_path, num_repeats=2, shuffle_caption=True, flip_aug=True)
+    dataset = DatasetSettings(
+        resolution=(64, 64),
+        enable_bucket=True,
+        min_bucket_reso=32,
+        max_bucket_reso=128,
+        bucket_reso_steps=32,
+        subsets=(subset,),
+    )
+    return scan_datasets([dataset], skip_broken=False, show_progress=False)
+
+
+def summary(steps):
+    """Everything in the steps, in comparable form."""
+    return [
+        (
+            step.sample_count,
+            [(b.keys, b.captions, b.bucket, b.counted, b.pixels_BCHW.sum().item()) for b in step.batches],
+        )
+        for step in steps
+    ]
+
+
+def test_batches_hold_the_pictures_of_their_keys(pictures):
+    by_key = {picture.key: picture for picture in pictures}
+    seen, buckets = Counter(), set()
+    for step in TrainingBatches(pictures, [2], seed=1).epoch(3):
+        (batch,) = step.batches
+        buckets.add(batch.bucket)
+        assert step.sample_count == len(batch.keys) and batch.counted and batch.latents_BCTHW is None
+        assert batch.pixels_BCHW.shape == (len(batch.keys), 3, batch.bucket[1], batch.bucket[0])
+        for pixels_CHW, caption, path, (epoch, key, repeat) in zip(
+            batch.pixels_BCHW, batch.captions, batch.paths, batch.keys, strict=True
+        ):
+            straight = load_pixels(by_key[key].path, batch.bucket, flipped=False)
+            assert torch.equal(pixels_CHW, straight) or torch.equal(pixels_CHW, straight.flip(2))
+            assert path == by_key[key].path
+            assert sorted(caption.split(", ")) == ["four", "one", "three", "two"]
+            seen[epoch, key, repeat] += 1
+    assert buckets == {(64, 64), (128, 32)}
+    assert seen == Counter((3, key, repeat) for key in by_key for repeat in range(2))
+
+
+def test_half_of_the_uses_are_flipped(pictures):
+    dataset = _BatchDataset(
+        pictures[:1], seed=1, latents={(pictures[0].key, flip): torch.tensor(flip) for flip in (False, True)}
+    )
+    plan = BatchPlan(tuple(Item(0, repeat) for repeat in range(1000)))
+    assert 437 <= dataset[0, plan].latents_BCTHW.sum().item() <= 563  # 500 expected, 4 standard deviations are 63
+
+
+def test_workers_change_nothing(pictures):
+    alone = TrainingBatches(pictures, [2], seed=1, accumulation=2)
+    expected = [summary(alone.epoch(epoch)) for epoch in (0, 1)]
+    assert expected[0] != expected[1]
+    kept = TrainingBatches(pictures, [2], seed=1, accumulation=2, workers=2, persistent_workers=True)
+    unfinished = kept.epoch(5)
+    next(unfinished)
+    assert [summary(kept.epoch(epoch)) for epoch in (0, 1)] == expected
+    fresh = TrainingBatches(pictures, [2], seed=1, accumulation=2, workers=2)
+    assert summary(fresh.epoch(1)) == expected[1]
+
+
+def test_persistent_workers_live_on(pictures):
+    loader = TrainingBatches(pictures, [2], seed=1, workers=1, persistent_workers=True)
+    processes = []
+    for epoch in (0, 1):
+        list(loader.epoch(epoch))
+        processes.append({child.pid for child in multiprocessing.active_children()})
+    assert processes[0] & processes[1]
+
+
+def test_datasets_can_be_sent_to_spawned_processes(pictures):
+    copy = pickle.loads(pickle.dumps(_BatchDataset(pictures, 1, None)))
+    plan = BatchPlan((Item(0, 0),))
+    assert torch.equal(copy[0, plan].pixels_BCHW, _BatchDataset(pictures, 1, None)[0, plan].pixels_BCHW)
+
+
+def test_starting_in_the_middle(pictures):
+    loader = TrainingBatches(pictures, [2], seed=1, accumulation=3)
+    assert summary(loader.epoch(0, first_step=1)) == summary(loader.epoch(0))[1:]
+
+
+def test_seed_changes_the_stream(pictures):
+    streams = [summary(TrainingBatches(pictures, [2], seed=seed).epoch(0)) for seed in (1, 1, 2)]
+    assert streams[0] == streams[1] != streams[2]
+
+
+def test_global_random_state_neither_matters_nor_moves(pictures):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = summary(TrainingBatches(pictures, [2], seed=1).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    assert summary(TrainingBatches(pictures, [2], seed=1).epoch(0)) == first
+
+
+def test_ranks_share_the_epoch(pictures):
+    ranks = [list(TrainingBatches(pictures, [2], 1, rank=rank, world_size=3).epoch(0)) for rank in range(3)]
+    assert len({len(steps) for steps in ranks}) == 1
+    seen = Counter()
+    for steps in zip(*ranks, strict=True):
+        assert len({len(step.batches) for step in steps}) == 1
+        counted = [batch for step in steps for batch in step.batches if batch.counted]
+        assert {step.sample_count for step in steps} == {sum(len(batch.keys) for batch in counted)}
+        seen.update(key for batch in counted for key in batch.keys)
+    assert seen == Counter((0, picture.key, repeat) for picture in pictures for repeat in range(2))
+
+
+def test_cached_latents_take_the_place_of_pixels(pictures, caplog):
+    def encode(pixels_BCHW):
+        return pixels_BCHW[:, :, None, ::8, ::8]
+
+    caplog.set_level("INFO")
+    cache = cache_latents(pictures, encode, batch_size=3, show_progress=False)
+    plain = TrainingBatches(pictures, [2], seed=1).epoch(0)
+    cached = TrainingBatches(pictures, [2], seed=1, latents=cache, workers=2).epoch(0)
+    assert "no loading processes" in caplog.text
+    for expected, step in zip(plain, cached, strict=True):
+        (batch,), (pixels,) = step.batches, expected.batches
+        assert batch.pixels_BCHW is None and batch.keys == pixels.keys and batch.captions == pixels.captions
+        assert torch.equal(batch.latents_BCTHW, encode(pixels.pixels_BCHW))
+
+
+def test_a_picture_that_went_missing_is_named(pictures):
+    pictures[0].path.unlink()
+    with pytest.raises(Exception, match=r"p0\.png cannot be read"):
+        list(TrainingBatches(pictures, [2], seed=1).epoch(0))

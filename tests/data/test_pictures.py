@@ -1,0 +1,132 @@
+"""Scanning datasets: what is found, and what each kind of bad input leads to."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+
+from library.data.pictures import scan_datasets
+from library.data.settings import DatasetSettings, SubsetSettings
+from library.errors import DataError, SettingError
+
+
+def dataset(folder, **subset):
+    return DatasetSettings(resolution=(64, 64), subsets=(SubsetSettings(image_dir=folder, **subset),))
+
+
+def scan(*datasets, skip_broken=False):
+    return scan_datasets(datasets, skip_broken, show_progress=False)
+
+
+def test_pictures_with_captions_sizes_and_buckets(tmp_path, draw):
+    draw("b", (128, 64), "one, two")
+    draw("a", (64, 128), "")
+    bucketed = replace(dataset(tmp_path, num_repeats=3), enable_bucket=True, min_bucket_reso=32, max_bucket_reso=128)
+    first, second = scan(replace(bucketed, bucket_reso_steps=16))
+    assert (first.key, first.path.name, first.caption, first.size) == ("0/0/a.png", "a.png", "", (64, 128))
+    assert (second.key, second.caption, second.size, second.repeats) == ("0/0/b.png", "one, two", (128, 64), 3)
+    assert (first.bucket, second.bucket) == ((48, 80), (80, 48))  # the nearest to 1:2 with 4096 pixels at most
+
+
+def test_keys_tell_datasets_and_subsets_apart(tmp_path, draw):
+    draw("one/a", caption="x")
+    draw("two/a", caption="x")
+    both = replace(
+        dataset(tmp_path / "one"),
+        subsets=(SubsetSettings(image_dir=tmp_path / "one"), SubsetSettings(image_dir=tmp_path / "two")),
+    )
+    pictures = scan(both, dataset(tmp_path / "one"))
+    assert [(picture.key, picture.dataset) for picture in pictures] == [
+        ("0/0/a.png", 0),
+        ("0/1/a.png", 0),
+        ("1/0/a.png", 1),
+    ]
+
+
+def test_missing_captions_are_counted_and_named(tmp_path, draw, caplog):
+    for index in range(12):
+        draw(f"p{index:02}")
+    draw("captioned", caption="here")
+    pictures = scan(dataset(tmp_path, class_tokens="sks cat"))
+    assert [picture.caption for picture in pictures] == ["here"] + ["sks cat"] * 12
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert record.levelno == logging.WARNING
+    assert message.startswith("12 pictures have no caption file")
+    assert "p09.png (no p09.txt)" in message and "p10.png" not in message and "and 2 more" in message
+
+
+def test_caption_is_the_first_line_and_the_rest_is_told(tmp_path, draw, caplog):
+    draw("a", caption="\nfirst\nsecond\n")
+    (picture,) = scan(dataset(tmp_path))
+    assert picture.caption == "first"
+    assert "1 caption files have several lines" in caplog.text
+
+
+def test_other_caption_ending(tmp_path, draw):
+    draw("a.b", caption="not this")
+    (tmp_path / "a.b.caption").write_text("this")
+    (picture,) = scan(dataset(tmp_path, caption_extension=".caption"))
+    assert picture.caption == "this"
+
+
+def test_all_bad_captions_are_named_at_once(tmp_path, draw):
+    for name in "ab":
+        draw(name).with_suffix(".txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match=r"(?s)a\.txt is not UTF-8.*b\.txt is not UTF-8"):
+        scan(dataset(tmp_path))
+
+
+def test_all_broken_pictures_are_named_at_once(tmp_path, draw):
+    draw("good", caption="x")
+    for index in range(12):
+        (tmp_path / f"bad{index:02}.png").write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        scan(dataset(tmp_path))
+    message = str(caught.value)
+    assert message.startswith("12 pictures cannot be read") and "skip_broken_images" in message
+    assert "bad00.png" in message and "bad09.png" in message and "and 2 more" in message
+
+
+def test_broken_pictures_are_left_out_when_asked(tmp_path, draw, caplog):
+    path = draw("cut", caption="x")
+    path.write_bytes(path.read_bytes()[:-2000])
+    draw("good", caption="x")
+    (picture,) = scan(dataset(tmp_path), skip_broken=True)
+    assert picture.path.name == "good.png"
+    assert "1 pictures cannot be read and are left out" in caplog.text and "cut.png" in caplog.text
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 1 pictures can be read"):
+        scan(dataset(tmp_path), skip_broken=True)
+
+
+def test_missing_and_empty_folders(tmp_path, draw):
+    draw("deeper/a", caption="x")
+    with pytest.raises(DataError, match=r"gone does not exist"):
+        scan(dataset(tmp_path / "gone"))
+    with pytest.raises(DataError, match=r"no pictures directly in image_dir"):
+        scan(dataset(tmp_path))
+    with pytest.raises(DataError, match="no datasets"):
+        scan()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_repeats": 0}, "num_repeats must be 1 or more"),
+        ({"keep_tokens": -1}, "keep_tokens must be 0 or more"),
+        ({"caption_dropout_rate": 1.5}, "caption_dropout_rate must lie between 0 and 1, not 1.5"),
+        ({"caption_tag_dropout_rate": -0.1}, "caption_tag_dropout_rate must lie between 0 and 1"),
+        ({"caption_separator": ""}, "caption_separator is empty"),
+        ({"image_dir": None}, "a subset has no image_dir"),
+    ],
+)
+def test_subset_settings_that_cannot_work(tmp_path, changes, message):
+    subset = replace(SubsetSettings(image_dir=tmp_path), **changes)
+    with pytest.raises(SettingError, match=message):
+        scan(DatasetSettings(subsets=(subset,)))
