@@ -37,7 +37,7 @@ def load_qwen3(path: Path, dtype: torch.dtype, device: torch.device | str) -> Qw
 
 
 def check_qwen_file(path: Path) -> None:
-    """ModelFileError for what is wrong in a folder's config.json and files, or a single file's header; loads nothing."""
+    """ModelFileError for what is wrong by a folder's config.json and headers, or a single file's header."""
     if path.is_dir():
         _check_folder(path)
         return

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from library.anima_runtime.prompts import PromptRequest
+from library.anima_runtime.sampling import denoise, guide, render
+from library.anima_runtime.text_encoding import CaptionStates
+
+
+class RecordingModel(nn.Module):
+    """Answers `velocity(latents, t, context)` and keeps the t it was asked for."""
+
+    def __init__(self, velocity):
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.Linear(1, 1).eval()
+        self.velocity = velocity
+        self.timesteps = []
+        self.modes = set()
+
+    def encode_context(self, qwen_states, qwen_mask, t5_ids, t5_mask, min_length):
+        assert qwen_mask.all()
+        assert t5_mask.all()
+        self.modes.add(self.training)
+        return torch.full((1, max(min_length, t5_ids.shape[1]), 1), float(t5_ids[0, 0]))
+
+    def forward(self, latents, timesteps, context):
+        assert timesteps.shape == (1,)
+        assert timesteps.dtype == torch.float32
+        self.timesteps.append(float(timesteps))
+        self.modes.add(self.training or self.dropout.training)
+        return self.velocity(latents, timesteps, context)
+
+
+class LengthEncoder:
+    """A caption's states are its length."""
+
+    def encode(self, captions):
+        return [CaptionStates(torch.zeros(1, 1), torch.tensor([len(caption)])) for caption in captions]
+
+
+class ToyVAE:
+    """Shows the first three latent channels, each as 8 x 8 pixels."""
+
+    latent_channels = 16
+    spatial_factor = 8
+
+    def decode(self, latents_BCTHW):
+        pixels = latents_BCTHW[:, :3, 0].repeat_interleave(8, 2).repeat_interleave(8, 3)
+        return pixels.clamp(-1, 1)
+
+
+def picture(model, request, **options):
+    return np.asarray(render(model, ToyVAE(), LengthEncoder(), request, "cpu", **options))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 50])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.5])
+def test_timesteps_follow_the_closed_formula(steps, shift):
+    model = RecordingModel(lambda latents, t, context: torch.zeros_like(latents))
+    request = PromptRequest("", steps=steps, flow_shift=shift)
+    denoise(model, torch.zeros(1, 16, 1, 2, 2), [torch.zeros(1, 1, 1)], request)
+    u = 1 - np.arange(steps) / steps
+    np.testing.assert_allclose(model.timesteps, shift * u / (1 + (shift - 1) * u), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_euler_recovers_the_picture_of_a_straight_flow(steps):
+    """With the true velocity noise - x0, Euler ends at x0 for any number of steps."""
+    noise, x0 = torch.randn(2, 1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(0)).unbind(0)
+    model = RecordingModel(lambda latents, t, context: noise - x0)
+    recovered = denoise(model, noise, [torch.zeros(1, 1, 1)], PromptRequest("", steps=steps))
+    torch.testing.assert_close(recovered, x0, rtol=0, atol=1e-5)
+
+
+def test_euler_steps_equal_plain_maths():
+    """v = x has the solution x prod(1 + sigma_next - sigma)."""
+    steps, shift = 5, 3.0
+    noise = torch.randn(1, 16, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    model = RecordingModel(lambda latents, t, context: latents)
+    result = denoise(model, noise, [torch.zeros(1, 1, 1)], PromptRequest("", steps=steps, flow_shift=shift))
+    u = 1 - np.arange(steps + 1) / steps
+    sigmas = shift * u / (1 + (shift - 1) * u)
+    torch.testing.assert_close(result, noise * float(np.prod(1 + np.diff(sigmas))), rtol=1e-5, atol=1e-6)
+
+
+def test_guidance_arithmetic():
+    conditional, unconditional = torch.tensor([3.0, -1.0]), torch.tensor([1.0, 1.0])
+    assert guide(conditional, unconditional, cfg=4.0).tolist() == [1 + 4 * 2, 1 + 4 * -2]
+    assert guide(conditional, unconditional, cfg=1.0).tolist() == [3.0, -1.0]
+    assert guide(conditional, cfg=1.0) is conditional
+
+
+@pytest.mark.parametrize(
+    ("request_", "shift", "calls"),
+    [
+        # The model's velocity is the caption's length / 100, so guidance is 0.01 (negative + cfg (prompt - negative)).
+        (PromptRequest("a" * 30, "b" * 10, cfg=4.0), 0.9, 2),
+        (PromptRequest("a" * 30, cfg=2.5), 0.75, 2),
+        (PromptRequest("a" * 30, "b" * 10, cfg=1.0), 0.3, 1),
+    ],
+)
+def test_a_picture_is_noise_moved_by_the_guided_velocity(request_, shift, calls):
+    request = PromptRequest(request_.prompt, request_.negative, 48, 32, seed=9, steps=3, cfg=request_.cfg)
+    model = RecordingModel(lambda latents, t, context: context[:, :1, :, None, None] / 100 + torch.zeros_like(latents))
+    noise = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(9))
+    levels = ((noise[0, :3, 0] - shift).clamp(-1, 1) + 1) * 127.5
+    expected = levels.permute(1, 2, 0).numpy().repeat(8, 0).repeat(8, 1)
+    result = picture(model, request)
+    assert result.shape == (32, 48, 3)
+    assert np.abs(result - expected).max() <= 0.5 + 1e-3
+    assert len(model.timesteps) == 3 * calls
+
+
+def test_a_seed_is_a_picture():
+    model = RecordingModel(lambda latents, t, context: latents * t)
+    first, again, other = (
+        picture(model, PromptRequest("cat", width=32, height=32, seed=seed, steps=2)) for seed in (1, 1, 2)
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_rendering_leaves_no_trace():
+    """Global random states and each module's train or eval mode are as before, even after a failure."""
+    model = RecordingModel(lambda latents, t, context: model.dropout(latents)).train()
+    model.frozen.eval()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    request = PromptRequest("cat", width=16, height=16, steps=2)
+    picture(model, request)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert model.modes == {False}
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+    model.velocity = None
+    with pytest.raises(TypeError):
+        picture(model, request)
+    assert (model.training, model.dropout.training, model.frozen.training) == (True, True, False)
+
+
+def test_least_context_length_reaches_the_model():
+    lengths = set()
+
+    def velocity(latents, t, context):
+        lengths.add(context.shape[1])
+        return latents
+
+    request = PromptRequest("cat", width=16, height=16, steps=1)
+    picture(RecordingModel(velocity), request)
+    picture(RecordingModel(velocity), request, min_context_length=64)
+    assert lengths == {512, 64}
