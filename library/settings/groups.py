@@ -1,0 +1,108 @@
+"""All settings of a run: the groups that the components declare, and where each value came from."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from library.anima_runtime.flow import ObjectiveSettings
+from library.anima_runtime.sampling import SampleSettings
+from library.anima_runtime.settings import ModelSettings
+from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
+from library.options import Option, options_of
+from library.settings.entries import Given
+from library.training.optimizers import OptimizerSettings
+from library.training.run import RunSettings
+from library.training.saving import SavingSettings
+from library.training.schedules import ScheduleSettings
+from library.training.trackers import LoggingSettings
+from networks.settings import NetworkSettings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a run was told.
+
+    given: for each option that was set, by its name, the value and its source; options of a dataset table are named
+        datasets[0].resolution or datasets[0].subsets[1].num_repeats. What is not in it has its declared default.
+    """
+
+    model: ModelSettings
+    objective: ObjectiveSettings
+    network: NetworkSettings
+    data: DataSettings
+    datasets: tuple[DatasetSettings, ...]
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings
+    run: RunSettings
+    saving: SavingSettings
+    logging: LoggingSettings
+    sampling: SampleSettings
+    given: Mapping[str, Given]
+
+
+def run_groups() -> dict[str, type]:
+    """The groups with one value each for the whole run, by their field in Settings."""
+    hints = typing.get_type_hints(Settings)
+    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+
+
+def run_options() -> dict[str, Option]:
+    """Options with one value for the whole run, by name."""
+    return _by_name(option for group in run_groups().values() for option in options_of(group))
+
+
+def dataset_options() -> dict[str, Option]:
+    """Options of a dataset, by name."""
+    return _by_name(options_of(DatasetSettings))
+
+
+def subset_options() -> dict[str, Option]:
+    """Options of a subset, by name."""
+    return _by_name(options_of(SubsetSettings))
+
+
+def shared_dataset_options() -> dict[str, Option]:
+    """Dataset and subset options that may stand above their own level: all but the picture folder."""
+    shared = {**dataset_options(), **subset_options()}
+    del shared["image_dir"]
+    return shared
+
+
+def top_level_options() -> dict[str, Option]:
+    """What the command line and a settings file accept: the run's options, and fallbacks for every dataset."""
+    return {**run_options(), **shared_dataset_options()}
+
+
+def by_spelling(options: Mapping[str, Option]) -> dict[str, Option]:
+    """The options by their names and aliases."""
+    return {spelling: option for option in options.values() for spelling in (option.name, *option.aliases)}
+
+
+def settings_as_flat_dict(settings: Settings) -> dict[str, Any]:
+    """Every resolved value by option name, as JSON can hold it; `datasets` is a list of such dicts with `subsets`."""
+    flat = {
+        option.name: _as_json(getattr(getattr(settings, field), option.name))
+        for field, group in run_groups().items()
+        for option in options_of(group)
+    }
+    flat["datasets"] = [_as_json(dataclasses.asdict(dataset)) for dataset in settings.datasets]
+    return flat
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_as_json(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return value
+
+
+def _by_name(options: Iterable[Option]) -> dict[str, Option]:
+    return {option.name: option for option in options}

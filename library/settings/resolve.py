@@ -1,0 +1,62 @@
+"""From written entries to named, converted values; every problem is gathered, none stops the reading."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+from library.options import Option
+from library.settings.entries import Entry, Given, did_you_mean
+from library.settings.groups import by_spelling, dataset_options, run_options, subset_options, top_level_options
+from library.settings.kohya_only import FIXED, NO_EFFECT, is_fixed_value
+from library.settings.values import convert
+
+logger = logging.getLogger(__name__)
+
+
+def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: list[str]) -> dict[str, Given]:
+    """The values of one layer (a file, the command line) by option name.
+
+    Unknown names, values of the wrong type and two spellings with different values are added to `problems`.
+    """
+    spellings = by_spelling(options)
+    given: dict[str, Given] = {}
+    for entry in entries:
+        if entry.name not in spellings:
+            _resolve_undeclared(entry, spellings, problems)
+            continue
+        option = spellings[entry.name]
+        try:
+            value = convert(option, entry.value)
+        except ValueError as error:
+            problems.append(f"{entry}: {error}")
+            continue
+        earlier = given.get(option.name)
+        if earlier is not None and earlier.value != value:
+            problems.append(f"{entry}: contradicts {earlier.label} = {earlier.value!r} ({earlier.source}); keep one")
+        given[option.name] = Given(value, entry.source, entry.label)
+    return given
+
+
+def _resolve_undeclared(entry: Entry, spellings: Iterable[str], problems: list[str]) -> None:
+    if entry.name in NO_EFFECT:
+        if entry.value is not False:
+            logger.warning("%s: %s does nothing: %s", entry.source, entry.label, NO_EFFECT[entry.name])
+    elif entry.name in FIXED:
+        if not is_fixed_value(entry.name, entry.value):
+            allowed = " or ".join(str(value).lower() for value in FIXED[entry.name])
+            problems.append(f"{entry}: not available here; only {allowed} is. Change or remove it")
+    elif entry.name in by_spelling({**top_level_options(), **subset_options()}):
+        problems.append(f"{entry.source}: {entry.label} does not belong here; put it {_place(entry.name)}")
+    else:
+        problems.append(f"{entry.source}: unknown setting {entry.label}{did_you_mean(entry.name, spellings)}")
+
+
+def _place(spelling: str) -> str:
+    if spelling in by_spelling(run_options()):
+        return "into the settings file or on the command line"
+    return (
+        "under [general] or [[datasets]]"
+        if spelling in by_spelling(dataset_options())
+        else "under [[datasets.subsets]]"
+    )

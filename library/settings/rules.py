@@ -1,0 +1,221 @@
+"""Checks across settings, before any model is loaded. Each rule yields messages that name what to change."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from library.errors import SettingError
+from library.settings.groups import Settings, settings_as_flat_dict, top_level_options
+from library.settings.root_style_keys import DEFAULT_SOURCE
+from library.training.optimizers import optimizer_arguments
+
+logger = logging.getLogger(__name__)
+
+# Option -> least and greatest allowed value. An unset option is not checked.
+RANGES: dict[str, tuple[float, float | None]] = {
+    "anima_seq_len": (512, None),
+    "anima_sigmoid_scale": (0, None),
+    "network_dim": (1, None),
+    "network_alpha": (0, None),
+    "network_dropout": (0, 1),
+    "vae_batch_size": (1, None),
+    "max_data_loader_n_workers": (0, None),
+    "num_repeats": (1, None),
+    "keep_tokens": (0, None),
+    "caption_dropout_rate": (0, 1),
+    "caption_tag_dropout_rate": (0, 1),
+    "batch_size": (1, None),
+    "min_bucket_reso": (16, None),
+    "max_bucket_reso": (16, None),
+    "bucket_reso_steps": (16, None),
+    "learning_rate": (0, None),
+    "max_grad_norm": (0, None),
+    "lr_warmup_steps": (0, None),
+    "lr_scheduler_num_cycles": (0, None),
+    "lr_scheduler_power": (0, None),
+    "lr_scheduler_min_lr_ratio": (0, 1),
+    "max_train_steps": (1, None),
+    "max_train_epochs": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "save_every_n_epochs": (1, None),
+    "save_every_n_steps": (1, None),
+    "sample_every_n_steps": (1, None),
+    "sample_every_n_epochs": (1, None),
+    "log_every_n_steps": (1, None),
+}
+
+
+def check_settings(settings: Settings) -> list[str]:
+    """Every problem of the settings as a whole; what has no effect is logged as a warning."""
+    warn_of_no_effect(settings)
+    rules = (model_files, numbers_in_range, buckets, optimizer, files_to_start_from, samples, output_folders)
+    problems: list[str] = []
+    for rule in rules:
+        try:
+            problems.extend(rule(settings))
+        except OSError as error:
+            problems.append(f"{error.filename}: cannot be read: {error.strerror}")
+    return problems
+
+
+def model_files(settings: Settings) -> Iterator[str]:
+    """The four parts of the model are given, and are there."""
+    model = settings.model
+    for name, what in (
+        ("pretrained_model_name_or_path", "the Anima transformer's .safetensors file"),
+        ("vae", "the Qwen-Image VAE"),
+        ("qwen", "the Qwen3 text encoder"),
+        ("t5_tokenizer_dir", "the folder of the T5 tokenizer"),
+    ):
+        path = getattr(model, name)
+        if path is None:
+            yield f"{name} is not set: give the path of {what}"
+        elif not path.exists():
+            yield f"{_origin(settings, name)}: {path} does not exist; give the path of {what}"
+        elif name == "pretrained_model_name_or_path" and not path.is_file():
+            yield f"{_origin(settings, name)}: {path} is a folder; give {what}"
+        elif name == "t5_tokenizer_dir" and not path.is_dir():
+            yield f"{_origin(settings, name)}: {path} is a file; give {what}"
+    if model.qwen_tokenizer_dir is not None and not model.qwen_tokenizer_dir.is_dir():
+        yield f"{_origin(settings, 'qwen_tokenizer_dir')}: {model.qwen_tokenizer_dir} is not a folder"
+
+
+def numbers_in_range(settings: Settings) -> Iterator[str]:
+    """Numbers lie within RANGES; those of datasets and subsets too."""
+    flat = settings_as_flat_dict(settings)
+    datasets = flat.pop("datasets")
+    yield from _range_problems(settings, flat, "")
+    for i, dataset in enumerate(datasets):
+        subsets = dataset.pop("subsets")
+        yield from _range_problems(settings, dataset, f"datasets[{i}].")
+        for j, subset in enumerate(subsets):
+            yield from _range_problems(settings, subset, f"datasets[{i}].subsets[{j}].")
+    if not settings.objective.anima_flow_shift > 0:
+        yield f"{_origin(settings, 'anima_flow_shift')}: must be above 0; 1 is no shift"
+
+
+def _range_problems(settings: Settings, values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, (least, greatest) in RANGES.items():
+        value = values.get(name)
+        if value is None or (value >= least and (greatest is None or value <= greatest)):
+            continue
+        allowed = f"{least} or more" if greatest is None else f"from {least} to {greatest}"
+        yield f"{_origin(settings, name, prefix)}: {value} is out of range; give {allowed}"
+
+
+def buckets(settings: Settings) -> Iterator[str]:
+    """Bucket sides fit the model, and the limits leave room for one."""
+    for i, dataset in enumerate(settings.datasets):
+        prefix = f"datasets[{i}]."
+        if dataset.bucket_reso_steps % 16:
+            name = _origin(settings, "bucket_reso_steps", prefix)
+            yield f"{name}: {dataset.bucket_reso_steps} is not a multiple of 16"
+        if dataset.min_bucket_reso > dataset.max_bucket_reso:
+            lower, upper = (_origin(settings, name, prefix) for name in ("min_bucket_reso", "max_bucket_reso"))
+            yield f"{lower} is {dataset.min_bucket_reso}, above {upper}, which is {dataset.max_bucket_reso}"
+
+
+def optimizer(settings: Settings) -> Iterator[str]:
+    """The optimizer exists and takes its arguments."""
+    try:
+        optimizer_arguments(settings.optimizer)
+    except SettingError as error:
+        yield str(error)
+
+
+def files_to_start_from(settings: Settings) -> Iterator[str]:
+    """Adapter file and state folder are there."""
+    weights, resume = settings.network.network_weights, settings.run.resume
+    if weights is not None and not weights.is_file():
+        yield f"{_origin(settings, 'network_weights')}: there is no file {weights}"
+    if resume is not None and not resume.is_dir():
+        yield f"{_origin(settings, 'resume')}: there is no folder {resume}; give a state folder (…-state)"
+
+
+def samples(settings: Settings) -> Iterator[str]:
+    """Sampling has prompts."""
+    sampling = settings.sampling
+    if sampling.sample_prompts is not None:
+        if not sampling.sample_prompts.is_file():
+            yield f"{_origin(settings, 'sample_prompts')}: there is no file {sampling.sample_prompts}"
+        return
+    for name in ("sample_every_n_steps", "sample_every_n_epochs", "sample_at_first"):
+        if getattr(sampling, name):
+            yield f"{_origin(settings, name)} needs sample_prompts: a text file of prompts"
+
+
+def output_folders(settings: Settings) -> Iterator[str]:
+    """The run's folders can be made and written to: found out now rather than at the first save."""
+    yield from _folder_problems(settings, "output_dir", settings.saving.output_dir)
+    if settings.logging.log_with != "none":
+        yield from _folder_problems(settings, "logging_dir", settings.logging.logging_dir)
+    name = settings.saving.output_name
+    if not name or set(name) & set('/\\:*?"<>|'):
+        yield f"{_origin(settings, 'output_name')}: {name!r} cannot be a file name; folders go into output_dir"
+
+
+def _folder_problems(settings: Settings, name: str, folder: Path) -> Iterator[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        yield f"{_origin(settings, name)}: cannot write to {folder}: {error.strerror}; give another folder"
+
+
+def _origin(settings: Settings, name: str, prefix: str = "") -> str:
+    """The setting as its author wrote it, with its source; `prefix` names a dataset or subset to look in first."""
+    levels = [prefix, prefix.partition(".")[0] + ".", "general.", ""] if prefix else [""]
+    for level in levels:
+        if level + name in settings.given:
+            found = settings.given[level + name]
+            return f"{found.source}: {found.label}"
+    return name
+
+
+def warn_of_no_effect(settings: Settings) -> None:
+    """One warning for each option that was set to other than its default, but does nothing beside the others."""
+    options = top_level_options()
+    for name, reason in _no_effect(settings):
+        for key, given in settings.given.items():
+            is_asked = given.value != options[name].default and given.source != DEFAULT_SOURCE
+            if key.rpartition(".")[2] == name and is_asked:
+                logger.warning("%s: %s does nothing: %s", given.source, given.label, reason)
+
+
+def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
+    data, schedule, run, sampling = settings.data, settings.schedule, settings.run, settings.sampling
+    if not data.cache_latents:
+        yield "vae_batch_size", "it is for cache_latents, which is off"
+    if data.max_data_loader_n_workers == 0 and data.persistent_data_loader_workers:
+        yield "persistent_data_loader_workers", "max_data_loader_n_workers is 0"
+    if not schedule.lr_scheduler.startswith("cosine"):
+        yield "lr_scheduler_num_cycles", f"it is for cosine schedules, and lr_scheduler is {schedule.lr_scheduler}"
+    if schedule.lr_scheduler != "polynomial":
+        yield "lr_scheduler_power", f"it is for polynomial, and lr_scheduler is {schedule.lr_scheduler}"
+    if schedule.lr_scheduler != "cosine_with_min_lr":
+        yield "lr_scheduler_min_lr_ratio", f"it is for cosine_with_min_lr, and lr_scheduler is {schedule.lr_scheduler}"
+    if settings.objective.anima_timestep_sampling != "logit_normal":
+        yield "anima_sigmoid_scale", "it is for anima_timestep_sampling logit_normal"
+    if run.max_train_epochs is not None:
+        yield "max_train_steps", "max_train_epochs is set, and wins"
+    if settings.logging.log_with == "none":
+        yield "logging_dir", "log_with is none"
+        yield "log_prefix", "log_with is none"
+    if not (sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first):
+        yield "sample_prompts", "none of sample_every_n_steps, sample_every_n_epochs and sample_at_first is set"
+    if settings.saving.save_state:
+        yield "save_state_on_train_end", "save_state includes the end"
+    if settings.saving.no_metadata:
+        yield "training_comment", "no_metadata leaves it out"
+    if not any(dataset.enable_bucket for dataset in settings.datasets):
+        for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
+            yield name, "enable_bucket is off"
+    subsets = [subset for dataset in settings.datasets for subset in dataset.subsets]
+    if not any(subset.shuffle_caption or subset.caption_tag_dropout_rate for subset in subsets):
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            yield name, "no tags are shuffled or dropped"

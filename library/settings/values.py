@@ -1,0 +1,125 @@
+"""Turns what TOML or the command line gave into the type an option declares."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from library.options import Option
+from library.settings.entries import did_you_mean
+
+
+def convert(option: Option, raw: Any) -> Any:
+    """The option's value for a raw one; ValueError says what was expected.
+
+    An empty text leaves an option that may be unset unset, as config files written by GUIs mean it.
+    """
+    kinds = _kinds(option.type)
+    if types.NoneType in kinds and isinstance(raw, str) and raw == "":
+        return None
+    value = option.parse(_single(raw)) if option.parse else _CONVERTERS[_main_kind(kinds)](raw)
+    if option.choices is not None and value not in option.choices:
+        known = ", ".join(map(str, option.choices))
+        raise ValueError(f"expected one of {known}{did_you_mean(str(value), map(str, option.choices))}")
+    return value
+
+
+def is_bool(option: Option) -> bool:
+    """Whether the option is a switch: on, off, or unset."""
+    return bool in _kinds(option.type)
+
+
+def takes_several(option: Option) -> bool:
+    """Whether the option may be given several words on the command line."""
+    return tuple in _kinds(option.type)
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """int | None -> (int, NoneType); tuple[str, ...] -> (tuple,)."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return tuple(kind for member in typing.get_args(annotation) for kind in _kinds(member))
+    return (typing.get_origin(annotation) or annotation,)
+
+
+def _main_kind(kinds: tuple[type, ...]) -> type | tuple[type, ...]:
+    named = tuple(kind for kind in kinds if kind is not types.NoneType)
+    return named[0] if len(named) == 1 else named
+
+
+def _single(raw: Any) -> Any:
+    """The command line gives one word as a list of one."""
+    return raw[0] if isinstance(raw, list) and len(raw) == 1 else raw
+
+
+def _to_bool(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if isinstance(raw, str) and raw.lower() in ("true", "false"):
+        return raw.lower() == "true"
+    raise ValueError("expected true or false")
+
+
+def _to_int(raw: Any) -> int:
+    number = _number(raw)
+    if number is None or number != int(number):
+        raise ValueError("expected a whole number")
+    return int(number)
+
+
+def _to_float(raw: Any) -> float:
+    number = _number(raw)
+    if number is None:
+        raise ValueError("expected a number")
+    return float(number)
+
+
+def _to_int_or_float(raw: Any) -> int | float:
+    """Whole numbers stay whole: they count steps, where others are a fraction."""
+    number = _to_float(raw)
+    return int(number) if number.is_integer() else number
+
+
+def _number(raw: Any) -> int | float | None:
+    """A finite number from a number or its text ("1e-4"); None for anything else, booleans included."""
+    if isinstance(raw, bool) or not isinstance(raw, int | float | str):
+        return None
+    try:
+        if isinstance(raw, str):
+            raw = int(raw) if raw.strip().lstrip("+-").isdecimal() else float(raw)
+        return raw if math.isfinite(raw) else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _to_text(raw: Any) -> str:
+    if not isinstance(raw, str):
+        raise ValueError("expected a text in quotes")
+    return raw
+
+
+def _to_path(raw: Any) -> Path:
+    if not isinstance(raw, str) or not raw or "\0" in raw:
+        raise ValueError("expected a path in quotes")
+    return Path(raw)
+
+
+def _to_texts(raw: Any) -> tuple[str, ...]:
+    """A single text is a list of one."""
+    texts = [raw] if isinstance(raw, str) else raw
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError('expected a list of texts, such as ["key=value"]')
+    return tuple(texts)
+
+
+_CONVERTERS = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    (int, float): _to_int_or_float,
+    str: _to_text,
+    Path: _to_path,
+    tuple: _to_texts,
+}
