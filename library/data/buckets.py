@@ -19,26 +19,35 @@ def bucket_sizes(dataset: DatasetSettings) -> tuple[tuple[int, int], ...]:
     """The dataset's buckets: one without enable_bucket, else for each side the longest other side within the budget.
 
     Sides are multiples of bucket_reso_steps from min_bucket_reso to max_bucket_reso, areas at most the resolution's.
-    SettingError: no bucket fits.
+    SettingError: the bucket settings contradict each other.
     """
     if not dataset.enable_bucket:
-        if dataset.bucket_no_upscale:
-            logger.warning("bucket_no_upscale has no effect without enable_bucket")
         return (_fixed_size(dataset.resolution),)
-    steps = dataset.bucket_reso_steps
-    budget = math.prod(dataset.resolution)
-    longest = dataset.max_bucket_reso // steps * steps
-    sides = range(-(-dataset.min_bucket_reso // steps) * steps, longest + 1, steps)
-    square = math.isqrt(budget) // steps * steps
-    pairs = [(side, min(longest, budget // side // steps * steps)) for side in sides] + [(square, square)]
+    _check_limits(dataset)
+    steps, budget = dataset.bucket_reso_steps, math.prod(dataset.resolution)
+    longest = _round_down(dataset.max_bucket_reso, steps)
+    sides = range(steps, longest + 1, steps)
+    square = _round_down(math.isqrt(budget), steps)
+    pairs = [(side, min(longest, _round_down(budget // side, steps))) for side in sides] + [(square, square)]
     fitting = {pair for pair in pairs if min(pair) >= dataset.min_bucket_reso and max(pair) <= longest}
     if not fitting:
         raise SettingError(
-            f"no bucket fits: sides are multiples of bucket_reso_steps {steps} from min_bucket_reso "
-            f"{dataset.min_bucket_reso} to max_bucket_reso {dataset.max_bucket_reso}, with an area of at most "
+            f"no bucket fits: sides are multiples of bucket_reso_steps ({steps}) from min_bucket_reso "
+            f"({dataset.min_bucket_reso}) to max_bucket_reso ({dataset.max_bucket_reso}), with an area of at most "
             f"{dataset.resolution[0]}x{dataset.resolution[1]} (resolution): widen one of them"
         )
     return tuple(sorted(fitting | {(height, width) for width, height in fitting}))
+
+
+def _check_limits(dataset: DatasetSettings) -> None:
+    steps, shortest, longest = dataset.bucket_reso_steps, dataset.min_bucket_reso, dataset.max_bucket_reso
+    if steps < SIDE_UNIT or steps % SIDE_UNIT:
+        raise SettingError(f"bucket_reso_steps must be a multiple of {SIDE_UNIT}, not {steps}")
+    if min(dataset.resolution) < shortest or max(dataset.resolution) > longest:
+        raise SettingError(
+            f"resolution {dataset.resolution[0]}x{dataset.resolution[1]} does not lie between min_bucket_reso "
+            f"({shortest}) and max_bucket_reso ({longest}): change the one or the other"
+        )
 
 
 def choose_bucket(

@@ -43,6 +43,8 @@ def _subset(folder: Path, common: SubsetSettings) -> SubsetSettings:
     numbered = re.fullmatch(r"(\d+)_(.*)", folder.resolve().name)
     if numbered is None:
         return replace(common, image_dir=folder)
+    if int(numbered[1]) == 0:
+        raise DataError(f"the name of folder {folder} asks for 0 repeats: give 1 or more, or move it elsewhere")
     class_tokens = common.class_tokens if common.class_tokens is not None else numbered[2].strip()
     return replace(common, image_dir=folder, num_repeats=int(numbered[1]), class_tokens=class_tokens)
 

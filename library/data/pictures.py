@@ -13,7 +13,7 @@ from library.data.buckets import bucket_sizes, choose_bucket
 from library.data.captions import read_caption_lines
 from library.data.folders import PICTURE_ENDINGS, pictures_in
 from library.data.pixels import read_size
-from library.data.settings import DatasetSettings, SubsetSettings, check_dataset
+from library.data.settings import DatasetSettings, SubsetSettings
 from library.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -64,10 +64,8 @@ def scan_datasets(
 
     Each picture is decoded once, so that a damaged file is found now rather than in the middle of training.
     DataError: a folder is missing or holds no pictures; pictures are unreadable (all of them in one message, unless
-    skip_broken leaves them out with a warning); a caption file is not UTF-8. SettingError: see `check_dataset`.
+    skip_broken leaves them out with a warning); a caption file is not UTF-8. SettingError: see `bucket_sizes`.
     """
-    for dataset in datasets:
-        check_dataset(dataset)
     buckets = [bucket_sizes(dataset) for dataset in datasets]
     readable = _read_sizes(_find(datasets), skip_broken, show_progress)
     captions = _read_captions([found for found, _ in readable])

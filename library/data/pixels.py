@@ -51,7 +51,7 @@ def load_pixels(path: Path, bucket: tuple[int, int], flipped: bool) -> torch.Ten
     if flipped:
         image = ImageOps.mirror(image)
     pixels_HWC = torch.from_numpy(np.array(image))
-    return pixels_HWC.permute(2, 0, 1).float().div(127.5).sub(1.0)
+    return pixels_HWC.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from library.errors import SettingError
 from library.options import option
 
 
@@ -17,6 +16,13 @@ def parse_resolution(value: Any) -> tuple[int, int]:
     if len(sides) not in (1, 2) or any(side is None or side < 16 for side in sides):
         raise ValueError("expected a side in pixels such as 1024, or [width, height], each 16 or more")
     return sides[0], sides[-1]
+
+
+def parse_separator(value: Any) -> str:
+    """Text of at least one character; ValueError for anything else."""
+    if not isinstance(value, str) or not value:
+        raise ValueError("expected the text that separates tags, such as ','")
+    return value
 
 
 def _whole_number(value: Any) -> int | None:
@@ -56,7 +62,7 @@ class SubsetSettings:
     caption_extension: str = option(".txt", "Ending of the caption file beside each picture.")
     class_tokens: str | None = option(None, "Caption of a picture that has no caption file.")
     shuffle_caption: bool = option(False, "Shuffle a caption's tags anew each time it is used.")
-    caption_separator: str = option(",", "What separates tags in a caption.")
+    caption_separator: str = option(",", "What separates tags in a caption.", parse=parse_separator)
     keep_tokens: int = option(0, "How many tags at the start stay in place when tags are shuffled or dropped.")
     keep_tokens_separator: str = option(
         "",
@@ -86,39 +92,3 @@ class DatasetSettings:
     bucket_reso_steps: int = option(64, "Bucket sides are multiples of this, itself a multiple of 16.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture: small ones get buckets of their own size.")
     subsets: tuple[SubsetSettings, ...] = field(default=())
-
-
-def check_dataset(dataset: DatasetSettings) -> None:
-    """Raises SettingError for values that cannot be used, alone or together; it opens no file."""
-    _require(dataset.batch_size >= 1, f"batch_size must be 1 or more, not {dataset.batch_size}")
-    if dataset.enable_bucket:
-        _check_buckets(dataset)
-    for subset in dataset.subsets:
-        _check_subset(subset)
-
-
-def _check_buckets(dataset: DatasetSettings) -> None:
-    steps, shortest, longest = dataset.bucket_reso_steps, dataset.min_bucket_reso, dataset.max_bucket_reso
-    _require(steps >= 16 and steps % 16 == 0, f"bucket_reso_steps must be a multiple of 16, not {steps}")
-    _require(shortest <= longest, f"min_bucket_reso ({shortest}) is above max_bucket_reso ({longest})")
-    _require(
-        min(dataset.resolution) >= shortest and max(dataset.resolution) <= longest,
-        f"resolution {dataset.resolution[0]}x{dataset.resolution[1]} does not lie between min_bucket_reso ({shortest}) "
-        f"and max_bucket_reso ({longest}): lower the one or raise the other",
-    )
-
-
-def _check_subset(subset: SubsetSettings) -> None:
-    folder = f"subset with image_dir {subset.image_dir}"
-    _require(subset.image_dir is not None, "a subset has no image_dir: give the folder with its pictures")
-    _require(subset.num_repeats >= 1, f"{folder}: num_repeats must be 1 or more, not {subset.num_repeats}")
-    _require(subset.keep_tokens >= 0, f"{folder}: keep_tokens must be 0 or more, not {subset.keep_tokens}")
-    _require(subset.caption_separator != "", f"{folder}: caption_separator is empty; ',' is the usual one")
-    for name in ("caption_dropout_rate", "caption_tag_dropout_rate"):
-        rate = getattr(subset, name)
-        _require(0 <= rate <= 1, f"{folder}: {name} must lie between 0 and 1, not {rate}")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise SettingError(message)

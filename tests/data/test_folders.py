@@ -36,6 +36,12 @@ def test_each_folder_with_pictures_is_a_subset(tmp_path):
     assert all(subset.shuffle_caption for subset in subsets)
 
 
+def test_a_name_with_no_repeats_is_refused(tmp_path):
+    touch(tmp_path / "0_thing", "x.png")
+    with pytest.raises(DataError, match="0_thing asks for 0 repeats"):
+        find_subsets(tmp_path, SubsetSettings())
+
+
 def test_class_tokens_given_win_over_the_folder_name(tmp_path):
     touch(tmp_path / "2_thing", "x.png")
     (subset,) = find_subsets(tmp_path, SubsetSettings(class_tokens="mine"))

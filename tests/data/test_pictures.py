@@ -115,18 +115,7 @@ def test_missing_and_empty_folders(tmp_path, draw):
         scan()
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"num_repeats": 0}, "num_repeats must be 1 or more"),
-        ({"keep_tokens": -1}, "keep_tokens must be 0 or more"),
-        ({"caption_dropout_rate": 1.5}, "caption_dropout_rate must lie between 0 and 1, not 1.5"),
-        ({"caption_tag_dropout_rate": -0.1}, "caption_tag_dropout_rate must lie between 0 and 1"),
-        ({"caption_separator": ""}, "caption_separator is empty"),
-        ({"image_dir": None}, "a subset has no image_dir"),
-    ],
-)
-def test_subset_settings_that_cannot_work(tmp_path, changes, message):
-    subset = replace(SubsetSettings(image_dir=tmp_path), **changes)
-    with pytest.raises(SettingError, match=message):
-        scan(DatasetSettings(subsets=(subset,)))
+def test_bucket_settings_are_checked_before_folders_are_read(tmp_path):
+    wrong = replace(dataset(tmp_path / "gone"), enable_bucket=True, bucket_reso_steps=24)
+    with pytest.raises(SettingError, match="bucket_reso_steps"):
+        scan(wrong)
