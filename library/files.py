@@ -17,7 +17,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # a writer may make a new file that only its owner can read
         write(temporary)
+        temporary.chmod(mode)
         sync_file(temporary)
         temporary.replace(path)
     finally:
