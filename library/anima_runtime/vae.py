@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from torch import nn
+from torch.nn.functional import conv2d
 
 from library.anima_runtime.checkpoint import Rename, load_into, match_tensors, read_header
 from library.anima_runtime.file_kinds import describe_tensors
@@ -49,9 +52,14 @@ _ORIGINAL_SPELLING = (
 
 
 class AnimaVAE:
-    """Pixels to the latents Anima works on, and back. Latents are float32, one frame: (B, C, 1, H/8, W/8)."""
+    """Pixels to the latents Anima works on, and back. Latents are float32, one frame: (B, C, 1, H/8, W/8).
+
+    The encoder and decoder run without diffusers' feature cache, which keeps every layer's input for a next frame.
+    """
 
     def __init__(self, model: AutoencoderKLQwenImage) -> None:
+        """Takes `model` over, and leaves it able to treat single frames only."""
+        _make_convolutions_flat(model)
         self.model = model
         self.latent_channels: int = model.config.z_dim
         self.spatial_factor: int = 2 ** (len(model.config.dim_mult) - 1)
@@ -65,7 +73,8 @@ class AnimaVAE:
     def encode(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] to latents_BCTHW on the VAE's device: (posterior mode - mean) / std, channel by channel."""
         frames_BCTHW = pixels_BCHW[:, :, None].to(self.model.device, self.model.dtype)
-        mode_BCTHW = self.model.encode(frames_BCTHW).latent_dist.mode().float()
+        moments_BCTHW = self.model.quant_conv(self.model.encoder(frames_BCTHW))
+        mode_BCTHW = moments_BCTHW[:, : self.latent_channels].float()  # the other half is the log variance
         mean, std = self._statistics()
         return (mode_BCTHW - mean) / std
 
@@ -74,12 +83,35 @@ class AnimaVAE:
         """Latents of one frame to pixels_BCHW, float32 on the VAE's device, clamped to [-1, 1]."""
         mean, std = self._statistics()
         mode_BCTHW = latents_BCTHW.to(self.model.device, torch.float32) * std + mean
-        frames_BCTHW = self.model.decode(mode_BCTHW.to(self.model.dtype)).sample
+        frames_BCTHW = self.model.decoder(self.model.post_quant_conv(mode_BCTHW.to(self.model.dtype)))
         return frames_BCTHW[:, :, 0].float().clamp(-1, 1)
 
     def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
         mean, std = torch.tensor((LATENT_MEAN, LATENT_STD), device=self.model.device)[:, :, None, None, None]
         return mean, std
+
+
+class _FlatConv(nn.Module):
+    """A causal 3-D convolution for one frame: before it lie only zeros, so its last temporal tap is all of it."""
+
+    def __init__(self, conv: QwenImageCausalConv3d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
+        self.bias = conv.bias
+        self.stride = conv.stride[1:]
+        # The causal layer moves its padding here, innermost side first.
+        self.padding = (conv._padding[2], conv._padding[0])
+
+    def forward(self, x_BCTHW: torch.Tensor) -> torch.Tensor:
+        return conv2d(x_BCTHW[:, :, 0], self.weight, self.bias, self.stride, self.padding)[:, :, None]
+
+
+def _make_convolutions_flat(model: AutoencoderKLQwenImage) -> None:
+    """A third of the arithmetic. `time_conv` never runs for one frame and stays as it is."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QwenImageCausalConv3d) and name != "time_conv":
+                setattr(parent, name, _FlatConv(child))
 
 
 def load_vae(path: Path, dtype: torch.dtype, device: torch.device | str) -> AnimaVAE:
