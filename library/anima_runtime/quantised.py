@@ -18,23 +18,13 @@ from safetensors import safe_open
 from library.anima_runtime.file_kinds import describe_tensors
 from library.errors import ModelFileError
 
+# All formats that are not decoded here (nvfp4, mxfp8, int8, bitsandbytes, GPTQ, ...) store weights or scales otherwise.
 _FLOAT_TYPES = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _SCALES = (".weight_scale", ".scale_weight")
 _INPUT_SCALES = (".input_scale", ".scale_input")
 _FORMAT = ".comfy_quant"
 _FILE_MARKER = "scaled_fp8"
 _READABLE_FORMATS = {"float8_e4m3fn", "float8_e5m2"}
-# Parts of weights in formats that this trainer does not decode: nvfp4, bitsandbytes, GPTQ/AWQ, Nunchaku.
-_UNREADABLE = (
-    ".weight_scale_2",
-    ".absmax",
-    ".quant_map",
-    ".SCB",
-    ".qweight",
-    ".qzeros",
-    ".wscales",
-    ".weight_zero_point",
-)
 
 
 @dataclass(frozen=True)
@@ -53,7 +43,7 @@ def fold_scales(path: Path, header: Mapping[str, StoredTensor]) -> dict[str, Sto
     Raises ModelFileError naming the first tensor of a format that cannot be decoded exactly.
     """
     for name, tensor in header.items():
-        if not name.endswith(_FORMAT) and (name.endswith(_UNREADABLE) or tensor.dtype not in _FLOAT_TYPES):
+        if tensor.dtype not in _FLOAT_TYPES and not name.endswith(_FORMAT):
             raise _refusal(path, header, f"{name} ({tensor.dtype})")
     _check_formats(path, header)
     scale_of = {_weight_name(name): name for name in header if name.endswith(_SCALES)}
