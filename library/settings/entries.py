@@ -40,7 +40,9 @@ class Given:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean a or b?" for the nearest known words, or "" where none is near."""
+    """ "; did you mean a or b?" for the nearest known words, else for those that contain the word; "" for none."""
     by_lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    if not near and len(word) > 3:
+        near = [name for name in by_lower if word.lower() in name][:3]
     return f"; did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""

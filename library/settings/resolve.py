@@ -33,7 +33,7 @@ def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: l
             continue
         earlier = given.get(option.name)
         if earlier is not None and earlier.value != value:
-            problems.append(f"{entry}: contradicts {earlier.label} = {earlier.value!r} ({earlier.source}); keep one")
+            problems.append(f"{entry}: contradicts {earlier.label} = {earlier.value} ({earlier.source}); keep one")
         given[option.name] = Given(value, entry.source, entry.label)
     return given
 
