@@ -1,0 +1,314 @@
+"""Whole runs on the tiny model, through the same entry point as a user's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import anima_train_network
+from anima_train_network import AnimaNetworkTrainer, main
+from train_network import NetworkTrainer
+
+
+@pytest.fixture
+def config(tiny_anima, tmp_path):
+    """config(max_train_steps=2) -> command-line words for a run on the tiny model that writes into tmp_path."""
+
+    def words(**settings) -> list[str]:
+        values = {
+            "pretrained_model_name_or_path": tiny_anima / "anima.safetensors",
+            "vae": tiny_anima / "qwen_image_vae.safetensors",
+            "qwen": tiny_anima / "qwen3",
+            "t5_tokenizer_dir": tiny_anima / "t5",
+            "train_data_dir": tiny_anima / "train",
+            "output_dir": tmp_path / "output",
+            "output_name": "tiny",
+            "logging_dir": tmp_path / "logs",
+            "resolution": 64,
+            "enable_bucket": True,
+            "min_bucket_reso": 32,
+            "max_bucket_reso": 128,
+            "bucket_reso_steps": 16,
+            "train_batch_size": 4,
+            "cache_latents": True,
+            "learning_rate": 1e-3,
+            "max_train_steps": 2,
+            **settings,
+        }
+        lines = [f"{key} = {json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in values.items()]
+        path = tmp_path / "config.toml"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return ["--config_file", str(path)]
+
+    return words
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[float]:
+    """Collects the loss of every optimizer step of the runs of a test."""
+    seen: list[float] = []
+    step = NetworkTrainer.step
+
+    def recorded(self, batches, sample_count):
+        loss = step(self, batches, sample_count)
+        seen.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(NetworkTrainer, "step", recorded)
+    return seen
+
+
+def adapter(tmp_path: Path, name: str = "tiny") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "output" / f"{name}.safetensors")
+
+
+def test_a_run_writes_the_adapter_its_steps_and_epochs_with_metadata(config, tmp_path):
+    # 4 pictures in 4 buckets, 10 repeats, batch 4: 3 batches a bucket, 12 steps an epoch.
+    assert main(config(max_train_epochs=2, save_every_n_epochs=1, save_every_n_steps=10, save_precision="bf16")) == 0
+    files = sorted(path.name for path in (tmp_path / "output").iterdir())
+    assert files == [
+        "tiny-000001.safetensors",
+        "tiny-step00000010.safetensors",
+        "tiny-step00000020.safetensors",
+        "tiny.safetensors",
+    ]
+    with safe_open(tmp_path / "output" / "tiny.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["ss_network_module"] == "networks.lora_anima"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "1.0")
+    assert (metadata["ss_steps"], metadata["ss_epoch"], metadata["ss_num_epochs"]) == ("24", "2", "2")
+    assert (metadata["ss_num_train_images"], metadata["ss_anima_depth"]) == ("40", "2")
+    assert sum(json.loads(metadata["ss_tag_frequency"])["10_subject"].values()) > 4
+    with safe_open(tmp_path / "output" / "tiny-000001.safetensors", "pt") as file:
+        assert (file.metadata()["ss_steps"], file.metadata()["ss_epoch"]) == ("12", "1")
+
+    tensors = adapter(tmp_path)
+    assert len(tensors) == 3 * 40
+    ups = [tensor for key, tensor in tensors.items() if key.endswith("lora_up.weight")]
+    assert all(tensor.dtype == torch.bfloat16 and tensor.abs().max() > 0 for tensor in ups)
+    assert list((tmp_path / "logs").glob("tiny_*/events.*"))
+
+
+def test_overfitting_two_pictures_halves_the_frozen_models_loss(config, tiny_anima, tmp_path, losses):
+    """The same 8 samples with the same noise each step: what the adapter learns shows as a falling loss."""
+    folder = tmp_path / "two"
+    folder.mkdir()
+    for path in sorted((tiny_anima / "train" / "10_subject").iterdir())[:4]:
+        shutil.copy(path, folder)
+    words = config(
+        train_data_dir=folder, max_train_steps=150, learning_rate=1e-2, network_dim=8, network_alpha=8,
+        enable_bucket=False, log_with="none",
+    )  # fmt: skip
+    before = (tiny_anima / "anima.safetensors").read_bytes()
+    trained = {}
+
+    class Kept(AnimaNetworkTrainer):
+        def train(self):
+            super().train()
+            trained["model"] = self.transformer
+
+    original, anima_train_network.AnimaNetworkTrainer = anima_train_network.AnimaNetworkTrainer, Kept
+    try:
+        assert main(words) == 0
+    finally:
+        anima_train_network.AnimaNetworkTrainer = original
+
+    start, end = losses[0], sum(losses[-20:]) / 20
+    assert end < start / 2
+    file = load_file(tiny_anima / "anima.safetensors")
+    for name, parameter in trained["model"].named_parameters():
+        assert torch.equal(parameter, file[f"net.{name}"].float()), name
+    assert (tiny_anima / "anima.safetensors").read_bytes() == before
+
+
+def test_the_seed_decides_everything(config, tmp_path, losses):
+    main(config(max_train_steps=3))
+    first = adapter(tmp_path)
+    main(config(max_train_steps=3, output_dir=tmp_path / "output"))
+    again = adapter(tmp_path)
+    main(config(max_train_steps=3, seed=7))
+    other = adapter(tmp_path)
+    assert losses[:3] == losses[3:6]
+    assert losses[:3] != losses[6:]
+    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+    assert any(not torch.equal(tensor, other[key]) for key, tensor in first.items())
+
+
+def test_cached_latents_and_text_give_the_losses_of_fresh_ones(config, losses):
+    for cached in (True, False):
+        main(config(max_train_steps=4, cache_latents=cached, cache_text_encoder_outputs=cached, log_with="none"))
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_losses_and_adapter(config, tmp_path, losses):
+    main(config(max_train_steps=4, gradient_checkpointing=False))
+    without = adapter(tmp_path)
+    main(config(max_train_steps=4, gradient_checkpointing=True))
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-6)
+    for key, tensor in adapter(tmp_path).items():
+        torch.testing.assert_close(tensor, without[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_trains_and_stays_near_fp32(config, tmp_path, losses, precision):
+    main(config(max_train_steps=6))
+    main(config(max_train_steps=6, mixed_precision=precision))
+    assert losses[6:] == pytest.approx(losses[:6], rel=0.03)
+    ups = {key: tensor for key, tensor in adapter(tmp_path).items() if key.endswith("lora_up.weight")}
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in ups.values())
+
+
+def test_accumulated_batches_make_one_step(config, tmp_path):
+    assert main(config(train_batch_size=2, gradient_accumulation_steps=4, max_train_epochs=1)) == 0
+    # 5 batches in each of 4 buckets, 4 a step
+    with safe_open(tmp_path / "output" / "tiny.safetensors", "pt") as file:
+        assert file.metadata()["ss_steps"] == "5"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, losses):
+    options = {
+        "network_dropout": 0.3,
+        "lr_scheduler": "cosine",
+        "shuffle_caption": True,
+        "caption_tag_dropout_rate": 0.3,
+    }
+    main(config(max_train_steps=14, save_every_n_steps=5, save_state=True, **options))
+    straight = (tmp_path / "output" / "tiny.safetensors").read_bytes()
+    tensors = adapter(tmp_path)
+    main(config(max_train_steps=14, resume=tmp_path / "output" / "tiny-step00000005-state", **options))
+    assert losses[5:14] == losses[14:]
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in adapter(tmp_path).items())
+    assert len((tmp_path / "output" / "tiny.safetensors").read_bytes()) == len(straight)
+
+
+def test_an_interrupted_run_saves_and_can_go_on(config, tmp_path, losses, monkeypatch):
+    import os
+    import signal
+
+    main(config(max_train_steps=6))
+    straight = adapter(tmp_path)
+    step = NetworkTrainer.step
+
+    def interrupted_at_three(self, batches, sample_count):
+        if self.state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batches, sample_count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NetworkTrainer, "step", interrupted_at_three)
+        assert main(config(max_train_steps=6)) == 130
+    assert "lora_up" in next(iter(sorted(adapter(tmp_path, "tiny-step00000003"), reverse=True)))
+    assert main(config(max_train_steps=6, resume=tmp_path / "output" / "tiny-step00000003-state")) == 0
+    assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
+
+
+def test_running_out_of_gpu_memory_saves_and_says_what_helps(config, tmp_path, capsys, monkeypatch):
+    losses_of = AnimaNetworkTrainer.sample_losses
+
+    def out_of_memory(self, batch):
+        if self.state.step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses_of(self, batch)
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "sample_losses", out_of_memory)
+    assert main(config(max_train_steps=6)) == 1
+    message = capsys.readouterr().err
+    assert "out of memory while training a batch of" in message
+    assert "gradient_checkpointing" in message
+    assert adapter(tmp_path, "tiny-step00000002")
+    assert (tmp_path / "output" / "tiny-step00000002-state" / "run_state.json").is_file()
+
+
+def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, tmp_path, monkeypatch):
+    """A caption of more than 512 tokens lengthens its own context only: zero rows are part of the model's input."""
+    trainers = []
+    monkeypatch.setattr(AnimaNetworkTrainer, "train", lambda self: trainers.append(self))
+    main(config())
+    (trainer,) = trainers
+    trainer.check_model_files()
+    trainer.load_models()
+    trainer.network = trainer.attach_network(__import__("networks.lora_anima", fromlist=["x"]), {}, trainer.transformer)
+    short, long = "a red square", "a red square " * 300
+    rows = {}
+    for indices, context in trainer.contexts([short, long, short]):
+        for place, row in enumerate(indices):
+            rows[row] = context[place]
+    assert rows[0].shape[0] == rows[2].shape[0] == 512
+    assert rows[1].shape[0] > 512
+    ((_, alone),) = trainer.contexts([short])
+    torch.testing.assert_close(rows[0], alone[0], rtol=1e-5, atol=1e-6)
+
+
+def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(config, tiny_anima, tmp_path, losses):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red square --w 64 --h 32 --s 2 --d 5\na blue circle --w 32 --h 32 --s 1 --l 1\n")
+    main(config(max_train_steps=4))
+    main(
+        config(
+            max_train_steps=4, sample_prompts=prompts, sample_every_n_steps=2, sample_at_first=True,
+            network_dropout=0.0, cache_text_encoder_outputs=True,
+        )
+    )  # fmt: skip
+    assert losses[:4] == pytest.approx(losses[4:], rel=1e-5)
+    names = [path.name for path in sorted((tmp_path / "output" / "sample").glob("*.png"))]
+    assert len(names) == 6
+    assert names[0].startswith("tiny_000002_00_")
+    assert names[-1].startswith("tiny_e000000_01_")
+    assert names[0].endswith("_5.png")
+
+
+def test_the_llm_adapter_can_be_left_out(config, tmp_path):
+    main(config(train_llm_adapter=False))
+    assert len(adapter(tmp_path)) == 3 * 20
+    assert not any("llm_adapter" in key for key in adapter(tmp_path))
+
+
+def test_training_can_start_from_an_adapter(config, tmp_path):
+    main(config(max_train_steps=3))
+    shutil.move(tmp_path / "output" / "tiny.safetensors", tmp_path / "start.safetensors")
+    main(config(max_train_steps=1, network_weights=tmp_path / "start.safetensors", learning_rate=1e-9))
+    start = load_file(tmp_path / "start.safetensors")
+    for key, tensor in adapter(tmp_path).items():
+        torch.testing.assert_close(tensor, start[key], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"network_args": ["target_modules=query"]}, "'query' matches no Linear"),
+        ({"network_module": "networks.lora"}, "has no create_network"),
+        ({"optimizer_args": ["beta=1"]}, "takes no 'beta'"),
+        ({"resume": "nowhere"}, "nowhere"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_an_exit_code(config, capsys, settings, message):
+    assert main(config(**settings)) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "message"),
+    [
+        ("pretrained_model_name_or_path", "qwen_image_vae.safetensors", "VAE"),
+        ("pretrained_model_name_or_path", "qwen3.safetensors", "Qwen3"),
+        ("vae", "anima.safetensors", "Anima"),
+        ("qwen", "anima.safetensors", "Anima"),
+        ("t5_tokenizer_dir", "qwen3", "spiece.model"),
+        ("train_data_dir", "missing_folder", "missing_folder"),
+        ("pretrained_model_name_or_path", "missing.safetensors", "missing.safetensors"),
+    ],
+)
+def test_wrong_files_are_told_before_any_model_is_loaded(
+    config, tiny_anima, capsys, monkeypatch, setting, given, message
+):
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
+    assert main(config(**{setting: tiny_anima / given})) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert given in error

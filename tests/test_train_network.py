@@ -1,0 +1,123 @@
+"""The loop's own arithmetic, on a toy model: one number to learn."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from library.anima_runtime.flow import ObjectiveSettings
+from library.anima_runtime.sampling import SampleSettings
+from library.anima_runtime.settings import ModelSettings
+from library.data.dataset import Batch
+from library.data.settings import DataSettings
+from library.errors import SettingError
+from library.settings import Settings
+from library.training.optimizers import OptimizerSettings
+from library.training.run import RunSettings, RunState
+from library.training.saving import SavingSettings
+from library.training.schedules import ScheduleSettings
+from library.training.states import Resumable
+from library.training.trackers import LoggingSettings
+from networks.settings import NetworkSettings
+from train_network import NetworkTrainer, import_network_module, out_of_memory_message
+
+
+def make_settings(**groups) -> Settings:
+    defaults = {
+        "model": ModelSettings(),
+        "objective": ObjectiveSettings(),
+        "network": NetworkSettings(),
+        "data": DataSettings(),
+        "datasets": (),
+        "optimizer": OptimizerSettings(max_grad_norm=0.0),
+        "schedule": ScheduleSettings(),
+        "run": RunSettings(),
+        "saving": SavingSettings(),
+        "logging": LoggingSettings(),
+        "sampling": SampleSettings(),
+        "given": {},
+    }
+    return Settings(**{**defaults, **groups})
+
+
+def make_batch(values: list[float], counted: bool = True) -> Batch:
+    """A sample's number stands in its caption."""
+    names = [str(value) for value in values]
+    return Batch(None, None, names, [(0, name, 0) for name in names], [Path(name) for name in names], (64, 96), counted)
+
+
+class ToyTrainer(NetworkTrainer):
+    """The loss of a sample is weight * its number, so its gradient is the number."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings, Accelerator(mixed_precision="no", cpu=True))
+        self.network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.network.weight)
+        optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        self.parts = Resumable(self.network, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False))
+        self.state = RunState()
+
+    def sample_losses(self, batch: Batch) -> torch.Tensor:
+        return self.network(torch.tensor([[float(caption)] for caption in batch.captions]))[:, 0]
+
+    def moved(self, *batches: Batch) -> float:
+        """How far one step with learning rate 1 moves the weight: the mean gradient."""
+        before = self.network.weight.item()
+        self.step(list(batches), sum(len(batch.captions) for batch in batches if batch.counted))
+        return before - self.network.weight.item()
+
+
+def test_a_steps_gradient_is_the_mean_over_all_its_samples():
+    """Batches of unequal size must not weigh their samples differently."""
+    whole = ToyTrainer(make_settings()).moved(make_batch([1.0, 2.0, 3.0, 10.0]))
+    uneven = ToyTrainer(make_settings()).moved(make_batch([1.0, 2.0, 3.0]), make_batch([10.0]))
+    assert whole == uneven == pytest.approx(4.0)
+
+
+def test_a_padding_batch_adds_nothing():
+    assert ToyTrainer(make_settings()).moved(make_batch([2.0]), make_batch([50.0], counted=False)) == pytest.approx(2.0)
+
+
+def test_the_reported_loss_is_that_mean():
+    trainer = ToyTrainer(make_settings())
+    trainer.moved(make_batch([3.0]))  # the weight is now -3
+    loss = trainer.step([make_batch([1.0, 2.0]), make_batch([6.0])], 3)
+    assert loss.item() == pytest.approx(-9.0)
+    assert not loss.requires_grad
+
+
+def test_gradients_are_clipped_over_the_whole_step():
+    settings = make_settings(optimizer=OptimizerSettings(max_grad_norm=0.5))
+    assert ToyTrainer(settings).moved(make_batch([30.0]), make_batch([10.0])) == pytest.approx(0.5)
+
+
+def test_the_llm_adapter_switch_reaches_the_network_and_must_not_contradict():
+    arguments = ToyTrainer(make_settings(network=NetworkSettings(train_llm_adapter=False))).network_arguments()
+    assert arguments == {"train_llm_adapter": "false"}
+
+    both = NetworkSettings(train_llm_adapter=False, network_args=("train_llm_adapter=true",))
+    with pytest.raises(SettingError, match="train_llm_adapter is false, but network_args says train_llm_adapter=true"):
+        ToyTrainer(make_settings(network=both, given={"train_llm_adapter": None})).network_arguments()
+
+    only_argument = NetworkSettings(network_args=("train_llm_adapter=false", "target_modules=q_proj"))
+    assert ToyTrainer(make_settings(network=only_argument)).network_arguments() == {
+        "train_llm_adapter": "false",
+        "target_modules": "q_proj",
+    }
+
+
+def test_network_modules_are_checked():
+    with pytest.raises(SettingError, match=r"network_module: 'networks\.lora_anmia' cannot be imported"):
+        import_network_module("networks.lora_anmia")
+    with pytest.raises(SettingError, match="'json' has no create_network"):
+        import_network_module("json")
+
+
+def test_out_of_memory_names_the_batch_and_three_remedies():
+    message = out_of_memory_message([make_batch([1.0, 2.0])])
+    assert "2 x 64x96 pixels" in message
+    for remedy in ("gradient_checkpointing", "batch_size", "resolution"):
+        assert remedy in message
