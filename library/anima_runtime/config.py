@@ -49,6 +49,7 @@ class AnimaConfig:
         """
         _require_tensors(shapes)
         output_features, width = shapes["final_layer.linear.weight"]
+        context_width = shapes["blocks.0.cross_attn.k_proj.weight"][1]
         # The input has one channel more than the output: the padding mask.
         patch_area = shapes["x_embedder.proj.1.weight"][1] - output_features
         patch_size = math.isqrt(max(patch_area, 1))
@@ -64,13 +65,13 @@ class AnimaConfig:
             depth=_count_blocks(shapes, "blocks."),
             head_size=_head_size(shapes, "blocks.0.self_attn.q_norm.weight", width),
             mlp_width=shapes["blocks.0.mlp.layer1.weight"][0],
-            context_width=shapes["blocks.0.cross_attn.k_proj.weight"][1],
+            context_width=context_width,
             adaln_rank=shapes["blocks.0.adaln_modulation_self_attn.1.weight"][0],
-            llm_adapter=_llm_adapter_config(shapes),
+            llm_adapter=_llm_adapter_config(shapes, context_width),
         )
 
 
-def _llm_adapter_config(shapes: Shapes) -> LLMAdapterConfig:
+def _llm_adapter_config(shapes: Shapes, context_width: int) -> LLMAdapterConfig:
     vocabulary, width = shapes["llm_adapter.embed.weight"]
     return LLMAdapterConfig(
         vocabulary=vocabulary,
@@ -79,7 +80,7 @@ def _llm_adapter_config(shapes: Shapes) -> LLMAdapterConfig:
         head_size=_head_size(shapes, "llm_adapter.blocks.0.self_attn.q_norm.weight", width),
         mlp_width=shapes["llm_adapter.blocks.0.mlp.0.weight"][0],
         source_width=shapes["llm_adapter.blocks.0.cross_attn.k_proj.weight"][1],
-        context_width=shapes["llm_adapter.out_proj.weight"][0],
+        context_width=context_width,
     )
 
 
@@ -97,7 +98,6 @@ _LLM_ADAPTER_TENSORS = {
     "llm_adapter.blocks.0.self_attn.q_norm.weight": 1,
     "llm_adapter.blocks.0.mlp.0.weight": 2,
     "llm_adapter.blocks.0.cross_attn.k_proj.weight": 2,
-    "llm_adapter.out_proj.weight": 2,
 }
 
 

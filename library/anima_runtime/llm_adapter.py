@@ -78,6 +78,8 @@ class AdapterBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
+    """Embedded T5 ids look at each other and at the Qwen states, layer by layer; its output is the text context."""
+
     def __init__(self, config: LLMAdapterConfig) -> None:
         super().__init__()
         self.head_size = config.head_size

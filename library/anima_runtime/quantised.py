@@ -72,8 +72,8 @@ def _weight_name(part: str) -> str:
 
 
 def _scale_shapes(weight: tuple[int, ...]) -> set[tuple[int, ...]]:
-    rows = weight[0]
-    return {(), (1,), (1, 1), (rows,), (rows, *[1] * (len(weight) - 1))}
+    rows = weight[:1]
+    return {(), (1,), (1, 1), rows, (*rows, *[1] * (len(weight) - 1))}
 
 
 def _check_formats(path: Path, header: Mapping[str, StoredTensor]) -> None:

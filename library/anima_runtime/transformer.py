@@ -76,20 +76,20 @@ class Block(nn.Module):
         rotary: RotaryTables,
     ) -> torch.Tensor:
         """shared_modulation_BK: shift, scale and gate (K = 3 D) that are added to each branch's own."""
-        stream, weights = x_BLD.dtype, context_BSD.dtype
+        stream_dtype, weight_dtype = x_BLD.dtype, context_BSD.dtype
         modulation = self.adaln_modulation_self_attn(time_BD) + shared_modulation_BK
-        shift, scale, gate = _parts(modulation, 3, stream)
-        h = _modulate(x_BLD, shift, scale).to(weights)
+        shift, scale, gate = _parts(modulation, 3, stream_dtype)
+        h = _modulate(x_BLD, shift, scale).to(weight_dtype)
         x_BLD = x_BLD + gate * self.self_attn(h, h, rotary)
 
         modulation = self.adaln_modulation_cross_attn(time_BD) + shared_modulation_BK
-        shift, scale, gate = _parts(modulation, 3, stream)
-        h = _modulate(x_BLD, shift, scale).to(weights)
+        shift, scale, gate = _parts(modulation, 3, stream_dtype)
+        h = _modulate(x_BLD, shift, scale).to(weight_dtype)
         x_BLD = x_BLD + gate * self.cross_attn(h, context_BSD)
 
         modulation = self.adaln_modulation_mlp(time_BD) + shared_modulation_BK
-        shift, scale, gate = _parts(modulation, 3, stream)
-        h = _modulate(x_BLD, shift, scale).to(weights)
+        shift, scale, gate = _parts(modulation, 3, stream_dtype)
+        h = _modulate(x_BLD, shift, scale).to(weight_dtype)
         return x_BLD + gate * self.mlp(h)
 
 

@@ -151,6 +151,11 @@ def test_missing_unknown_and_misshaped_tensors_are_named(path):
     assert f"1 tensors of another shape: net.{SELF_ATTN_Q} [32, 31] instead of [32, 32]" in message
 
 
+def test_an_llm_adapter_for_another_context_width_is_refused(path):
+    message = message_for(write(path, make_tensors() | {"llm_adapter.out_proj.weight": torch.ones(23, 48)}))
+    assert "1 tensors of another shape: net.llm_adapter.out_proj.weight [23, 48] instead of [24, 48]" in message
+
+
 def test_only_the_first_ten_of_many_are_named(path):
     extra = {f"extra_{i:02}": torch.ones(1) for i in range(25)}
     message = message_for(write(path, make_tensors() | extra))

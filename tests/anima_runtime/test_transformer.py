@@ -40,9 +40,9 @@ def make_transformer(config, seed=0):
     return transformer
 
 
-def make_inputs(config, height, width, batch=2, rows=20, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(batch, 16, 1, height, width, generator=generator)
+def make_inputs(config, height, width, batch=2, rows=20, frames=1):
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(batch, 16, frames, height, width, generator=generator)
     timesteps = torch.rand(batch, generator=generator)
     context = torch.randn(batch, rows, config.context_width, generator=generator)
     context[:, rows // 2 :] = 0
@@ -128,20 +128,21 @@ def relative_error(value, reference):
 
 
 SIZES = [
-    (make_config(), 8, 8),
-    (make_config(), 6, 22),
-    (make_config(), 26, 2),
-    (make_config(width=96, depth=3, head_size=48), 10, 14),
-    (make_config(width=128, depth=1, head_size=128), 14, 6),
-    (make_config(width=80, depth=4, head_size=20), 4, 34),
+    (make_config(), 1, 8, 8),
+    (make_config(), 1, 6, 22),
+    (make_config(), 1, 26, 2),
+    (make_config(), 3, 4, 6),
+    (make_config(width=96, depth=3, head_size=48), 1, 10, 14),
+    (make_config(width=128, depth=1, head_size=128), 1, 14, 6),
+    (make_config(width=80, depth=4, head_size=20), 1, 4, 34),
 ]
 
 
-@pytest.mark.parametrize(("config", "height", "width"), SIZES)
-def test_output_and_gradients_equal_diffusers(without_torchvision, config, height, width):
+@pytest.mark.parametrize(("config", "frames", "height", "width"), SIZES)
+def test_output_and_gradients_equal_diffusers(without_torchvision, config, frames, height, width):
     transformer = make_transformer(config)
     twin = diffusers_twin(transformer)
-    latents, timesteps, context = make_inputs(config, height, width)
+    latents, timesteps, context = make_inputs(config, height, width, frames=frames)
     ours = [latents.clone().requires_grad_(), context.clone().requires_grad_()]
     theirs = [latents.clone().requires_grad_(), context.clone().requires_grad_()]
     velocity = transformer(ours[0], timesteps, ours[1])
