@@ -87,9 +87,8 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepBatches]:
         """The epoch's steps from `first_step` on; skipped steps are not loaded."""
-        steps = plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)[
-            first_step:
-        ]
+        plan = plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
+        steps = plan[first_step:]
         self._sampler.entries = [(epoch, batch) for step in steps for batch in step.batches_of_rank[self._rank]]
         loaded = iter(self._loader)
         for step in steps:

@@ -15,7 +15,7 @@ from library.data.pixels import load_pixels
 
 
 @dataclass(frozen=True)
-class View:
+class _View:
     """A picture as it is or mirrored."""
 
     picture: Picture
@@ -48,18 +48,18 @@ def cache_latents(
     return cache
 
 
-def _batches(pictures: Sequence[Picture], batch_size: int) -> list[list[View]]:
+def _batches(pictures: Sequence[Picture], batch_size: int) -> list[list[_View]]:
     by_bucket = defaultdict(list)
     for picture in pictures:
-        by_bucket[picture.bucket].append(View(picture, flipped=False))
+        by_bucket[picture.bucket].append(_View(picture, flipped=False))
         if picture.subset.flip_aug:
-            by_bucket[picture.bucket].append(View(picture, flipped=True))
+            by_bucket[picture.bucket].append(_View(picture, flipped=True))
     return [
         views[start : start + batch_size] for views in by_bucket.values() for start in range(0, len(views), batch_size)
     ]
 
 
-def _loaded(batches: Sequence[list[View]]) -> Iterator[tuple[list[View], torch.Tensor]]:
+def _loaded(batches: Sequence[list[_View]]) -> Iterator[tuple[list[_View], torch.Tensor]]:
     """Each batch with its pixels_BCHW, in order; threads load two batches ahead, so memory stays bounded."""
     with ThreadPoolExecutor() as pool:
         ahead = deque()
@@ -71,9 +71,9 @@ def _loaded(batches: Sequence[list[View]]) -> Iterator[tuple[list[View], torch.T
             yield _finished(*ahead.popleft())
 
 
-def _finished(views: list[View], loading: Sequence[Future[torch.Tensor]]) -> tuple[list[View], torch.Tensor]:
+def _finished(views: list[_View], loading: Sequence[Future[torch.Tensor]]) -> tuple[list[_View], torch.Tensor]:
     return views, torch.stack([pixels.result() for pixels in loading])
 
 
-def _pixels(view: View) -> torch.Tensor:
+def _pixels(view: _View) -> torch.Tensor:
     return load_pixels(view.picture.path, view.picture.bucket, view.flipped)

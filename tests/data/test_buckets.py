@@ -74,6 +74,7 @@ def test_sides_are_multiples_and_the_crop_is_least(width, height, steps, no_upsc
     [
         ((700, 300), (640, 256)),
         ((40, 300), (32, 256)),
+        ((63, 300), (48, 256)),
         ((5, 5), (16, 16)),
         ((200, 4000), (48, 1024)),  # shrunk to a longest side of 1024: 51.2 x 1024
         ((4000, 4000), (1024, 1024)),
@@ -81,6 +82,11 @@ def test_sides_are_multiples_and_the_crop_is_least(width, height, steps, no_upsc
 )
 def test_no_upscale(size, bucket):
     assert chosen(size, replace(BUCKETED, bucket_no_upscale=True)) == bucket
+
+
+def test_no_upscale_keeps_to_the_area_budget():
+    dataset = replace(BUCKETED, resolution=(512, 512), max_bucket_reso=2048, bucket_no_upscale=True)
+    assert chosen((250, 1500), dataset) == (192, 1216)  # shrunk by sqrt(512² / (250 * 1500)) = 0.836: 209 x 1254
 
 
 def test_without_buckets_there_is_one_size(caplog):

@@ -84,6 +84,7 @@ def test_keep_tokens_counts_where_the_mark_is_absent():
 def test_other_separator():
     subset = SubsetSettings(caption_separator=";", caption_tag_dropout_rate=1e-9)
     assert uses("a, b;c ; d", subset, 1) == ["a, b; c; d"]
+    assert uses("a b c", SubsetSettings(caption_separator=" ", caption_tag_dropout_rate=1e-9), 1) == ["a b c"]
 
 
 def test_dropout_rates():

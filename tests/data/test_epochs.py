@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -71,6 +72,14 @@ def test_batches_mix_anew_each_epoch():
         return {frozenset(item.picture for item in step.batches_of_rank[0][0].items) for step in plan}
 
     assert len(sets(0) & sets(1)) <= 1
+
+
+def test_buckets_are_interleaved():
+    pictures = [picture(index, 0, (64, 64) if index < 20 else (128, 64), 1) for index in range(40)]
+    steps = plan_epoch(pictures, [2], 1, 0, 1, 1)
+    buckets = [pictures[step.batches_of_rank[0][0].items[0].picture].bucket for step in steps]
+    changes = sum(one != following for one, following in pairwise(buckets))
+    assert changes >= 5  # of 19 neighbours, about 10 differ in a random order, and 1 in a sorted one
 
 
 def test_last_batch_is_smaller_and_last_step_shorter():
