@@ -33,6 +33,18 @@ def test_another_tokenizer_is_not_taken_for_t5(tiny_anima, tmp_path):
         load_t5_tokenizer(tmp_path)
 
 
+def test_special_tokens_in_other_places_are_refused(tiny_anima, tmp_path):
+    shutil.copytree(tiny_anima / "t5", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    pieces = tokenizer["model"]["vocab"]
+    pieces[0], pieces[1] = pieces[1], pieces[0]
+    tokenizer["added_tokens"] = []
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(ModelFileError, match=r"are \(1, 0, 2\) instead of \(0, 1, 2\)"):
+        load_t5_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("files", [("tokenizer.json",), ("vocab.json", "merges.txt")])
 def test_qwen_tokenizer_is_found_beside_a_single_file(tiny_anima, tmp_path, files):
     """From either set of files, the ids are those of the tokenizers package for the original tokenizer.json."""
