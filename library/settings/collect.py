@@ -100,13 +100,7 @@ def _merged(layers: Sequence[Mapping[str, Given]]) -> dict[str, Given]:
             if _is_set(layer, winner) and loser not in layer and loser in merged:
                 replaced = merged.pop(loser)
                 if replaced.source != DEFAULT_SOURCE:
-                    logger.warning(
-                        "%s (%s) replaces %s (%s)",
-                        layer[winner].label,
-                        layer[winner].source,
-                        replaced.label,
-                        replaced.source,
-                    )
+                    logger.warning("%s replaces %s", layer[winner], replaced)
         merged.update(layer)
     return merged
 
@@ -117,10 +111,9 @@ def _dataset_tables(
     """The tables of dataset_config, or else those in the settings file itself."""
     if not _is_set(given, "dataset_config"):
         return inline
-    config = given["dataset_config"]
     if inline is not None:
-        logger.warning("%s (%s) replaces the [[datasets]] of the settings file", config.label, config.source)
-    return read_dataset_tables(read_toml(config.value), problems)
+        logger.warning("%s replaces the [[datasets]] of the settings file", given["dataset_config"])
+    return read_dataset_tables(read_toml(given["dataset_config"].value), problems)
 
 
 def _datasets(
@@ -128,9 +121,8 @@ def _datasets(
 ) -> tuple[DatasetSettings, ...]:
     has_folder = _is_set(given, "train_data_dir")
     if tables is not None and has_folder:
-        folder = given["train_data_dir"]
-        tables_name = given["dataset_config"].label if _is_set(given, "dataset_config") else "[[datasets]]"
-        problems.append(f"{folder.label} ({folder.source}) and {tables_name} both name the pictures; keep one")
+        other = given["dataset_config"] if _is_set(given, "dataset_config") else "[[datasets]] in the settings file"
+        problems.append(f"{given['train_data_dir']} and {other} both name the pictures; keep one")
         return ()
     if tables is not None:
         warn_of_overridden(tables, given)

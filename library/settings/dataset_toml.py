@@ -25,7 +25,6 @@ Values = Mapping[str, Given]
 class DatasetTable:
     """One [[datasets]] table: its own values, and those of each of its subsets."""
 
-    source: str
     values: Values
     subsets: tuple[Values, ...]
 
@@ -75,7 +74,6 @@ def _dataset_table(file: TomlFile, key_path: KeyPath, table: dict[str, Any], pro
     subset_path = (*key_path, "subsets")
     subsets = _tables(file, subset_path, table.get("subsets"), problems)
     return DatasetTable(
-        file.source(*key_path),
         resolve(file.entries(own, *key_path), shared_dataset_options(), problems),
         tuple(_subset_values(file, (*subset_path, index), values, problems) for index, values in enumerate(subsets)),
     )
@@ -125,8 +123,7 @@ def warn_of_overridden(tables: DatasetTables, fallback: Values) -> None:
             continue
         winners = [level[name] for _, level in tables.levels() if name in level and level[name].value != typed.value]
         if winners:
-            places = ", ".join(f"{winner.label} = {winner.value!r} ({winner.source})" for winner in winners)
-            logger.warning("%s of the command line gives way to the dataset tables: %s", typed.label, places)
+            logger.warning("%s gives way to the dataset tables: %s", typed, ", ".join(map(str, winners)))
 
 
 def _picked(values: Values, options: Mapping[str, Option]) -> dict[str, Any]:

@@ -38,6 +38,9 @@ class Given:
     source: str
     label: str
 
+    def __str__(self) -> str:
+        return f"{self.label} = {self.value} ({self.source})"
+
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean a or b?" for the nearest known words, else for those that contain the word; "" for none."""

@@ -33,7 +33,7 @@ def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: l
             continue
         earlier = given.get(option.name)
         if earlier is not None and earlier.value != value:
-            problems.append(f"{entry}: contradicts {earlier.label} = {earlier.value} ({earlier.source}); keep one")
+            problems.append(f"{entry}: contradicts {earlier}; keep one")
         given[option.name] = Given(value, entry.source, entry.label)
     return given
 
@@ -55,8 +55,6 @@ def _resolve_undeclared(entry: Entry, spellings: Iterable[str], problems: list[s
 def _place(spelling: str) -> str:
     if spelling in by_spelling(run_options()):
         return "into the settings file or on the command line"
-    return (
-        "under [general] or [[datasets]]"
-        if spelling in by_spelling(dataset_options())
-        else "under [[datasets.subsets]]"
-    )
+    if spelling in by_spelling(dataset_options()):
+        return "under [general] or [[datasets]]"
+    return "under [[datasets.subsets]]"

@@ -171,8 +171,9 @@ def _log_unmapped(entry: Entry, reason: str) -> None:
 
 
 def _is_off(value: Any) -> bool:
-    """false, 0, "", "none": the key asks for nothing."""
-    return not value or str(value).strip().lower() in ("0", "0.0", "false", "none", "off")
+    """false, 0 or less, "", "none": the key asks for nothing."""
+    is_number = isinstance(value, int | float)
+    return not value or (is_number and value <= 0) or str(value).strip().lower() in ("0", "false", "none", "off")
 
 
 def _suggestion(entry: Entry, known_names: set[str]) -> str:

@@ -68,8 +68,14 @@ def test_settings_file_and_command_line_are_the_last_resort(workplace, model_fla
     assert first.subsets[0].caption_prefix == "anime, "
     assert [first.subsets[1].num_repeats, second.subsets[0].num_repeats] == [9, 4]
     assert first.subsets[0].keep_tokens == 3
-    assert "--keep_tokens of the command line gives way" in caplog.text
+    assert "--keep_tokens = 7 (command line) gives way" in caplog.text
     assert "datasets.subsets.keep_tokens = 3 (dataset.toml:12)" in caplog.text
+
+
+def test_agreeing_command_line_is_not_warned_of(workplace, model_flags, caplog):
+    text = "[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'more'\n"
+    read_settings([*model_flags, "--dataset_config", write(workplace, text), "--resolution", "512"])
+    assert "gives way" not in caplog.text
 
 
 def test_without_tables_the_folder_and_top_level_options_make_one_dataset(workplace, needed_flags):
@@ -83,10 +89,12 @@ def test_without_tables_the_folder_and_top_level_options_make_one_dataset(workpl
 
 
 def test_inline_tables_in_the_settings_file(workplace, model_flags):
-    config = write(workplace, f"seed = 3\n{DATASETS}\n[training]\nlearning_rate = 1e-3\n", "my.toml")
+    text = f"seed = 3\n{DATASETS}\n[training]\nlearning_rate = 1e-3\nresolution = 256\nnum_repeats = 9\n"
+    config = write(workplace, text, "my.toml")
     settings = read_settings([*model_flags, "--config_file", config])
     assert (settings.run.seed, settings.optimizer.learning_rate) == (3, 1e-3)
     assert [dataset.resolution for dataset in settings.datasets] == [(768, 768), (832, 1216)]
+    assert settings.datasets[0].subsets[0].num_repeats == 9
 
 
 def test_dataset_config_replaces_inline_tables_with_a_warning(workplace, model_flags, caplog):
@@ -95,12 +103,14 @@ def test_dataset_config_replaces_inline_tables_with_a_warning(workplace, model_f
     settings = read_settings([*model_flags, "--config_file", config, "--dataset_config", other])
     assert [dataset.resolution for dataset in settings.datasets] == [(256, 256)]
     assert settings.datasets[0].subsets[0].shuffle_caption is False
-    assert "--dataset_config (command line) replaces the [[datasets]] of the settings file" in caplog.text
+    assert (
+        "--dataset_config = dataset.toml (command line) replaces the [[datasets]] of the settings file" in caplog.text
+    )
 
 
 def test_pictures_named_twice_or_not_at_all(workplace, model_flags, needed_flags):
     both = error_of([*needed_flags, "--dataset_config", write(workplace, DATASETS)])
-    assert "--train_data_dir (command line) and --dataset_config both name the pictures" in both
+    assert "--train_data_dir = train (command line) and --dataset_config = dataset.toml (command line) both" in both
     neither = error_of(model_flags)
     assert "set train_data_dir to a folder, or dataset_config to a dataset TOML" in neither
 

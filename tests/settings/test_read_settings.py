@@ -155,7 +155,11 @@ def test_steps_on_the_command_line_replace_epochs_of_the_file(workplace, needed_
     config = write(workplace, "max_train_epochs = 10")
     settings = read_settings([*needed_flags, "--config_file", config, "--max_train_steps", "20"])
     assert (settings.run.max_train_steps, settings.run.max_train_epochs) == (20, None)
-    assert "--max_train_steps (command line) replaces max_train_epochs (my.toml:1)" in caplog.text
+    assert "--max_train_steps = 20 (command line) replaces max_train_epochs = 10 (my.toml:1)" in caplog.text
+    caplog.clear()
+    both = ["--max_train_steps", "20", "--max_train_epochs", "3"]
+    assert read_settings([*needed_flags, "--config_file", config, *both]).run.max_train_epochs == 3
+    assert "replaces" not in caplog.text
 
 
 def test_kohya_headings_model_and_training_are_not_root_style(workplace, needed_flags, caplog):

@@ -170,6 +170,7 @@ def test_command_line_wins_over_file_and_defaults(workplace, caplog):
     assert values["enable_bucket"] is False
     assert "network_dim = 32" not in caplog.text
     assert "replaces" not in caplog.text
+    assert "min_bucket_reso does nothing" not in caplog.text
 
 
 def test_dataset_config_wins_over_the_dataset_table(workplace, caplog):
@@ -178,7 +179,7 @@ def test_dataset_config_wins_over_the_dataset_table(workplace, caplog):
     assert settings.data.train_data_dir is None
     assert [subset.image_dir for subset in settings.datasets[0].subsets] == [Path("more")]
     assert settings.datasets[0].resolution == (512, 512)
-    assert "--dataset_config (command line) replaces dataset.data_dir (root.toml:7)" in caplog.text
+    assert "--dataset_config = d.toml (command line) replaces dataset.data_dir = train (root.toml:7)" in caplog.text
 
 
 def test_inline_kohya_tables_beside_root_style_keys(workplace):
@@ -193,6 +194,7 @@ def test_inline_kohya_tables_beside_root_style_keys(workplace):
     [
         ("[training]\nepochs = 3\nmax_steps = 70", {"max_train_steps": 70, "max_train_epochs": None}),
         ("[training]\nepochs = 3\nmax_steps = 0", {"max_train_steps": 1600, "max_train_epochs": 3}),
+        ("[training]\nepochs = 2\nmax_steps = -1", {"max_train_epochs": 2}),
         ("[training]\nmax_steps = 5", {"max_train_steps": 5, "max_train_epochs": None}),
         (
             "[training]\nlr_scheduler = 'cosine'\nlr_min_ratio = 0.1",
@@ -200,6 +202,7 @@ def test_inline_kohya_tables_beside_root_style_keys(workplace):
         ),
         ("[training]\nlr_scheduler = 'cosine'\nlr_min_ratio = 0.0", {"lr_scheduler": "cosine"}),
         ("[training]\nlr_warmup_steps = 12\nlr_warmup_ratio = 0.5", {"lr_warmup_steps": 12}),
+        ("[training]\nlr_scheduler = 'linear'\nlr_min_ratio = 0.1", {"lr_scheduler": "linear"}),
         ("[training]\nlr_warmup_ratio = 0.5", {"lr_warmup_steps": 0.5}),
         ("[training]\nlr_warmup_steps = 0\nlr_warmup_ratio = 0.5", {"lr_warmup_steps": 0.5}),
         ("[training]\nlr_scheduler = 'cosine'\nlr_scheduler_num_cycles = 0.5", {"lr_scheduler_num_cycles": 0.5}),

@@ -131,3 +131,8 @@ def test_options_without_effect_are_named_once(needed_flags, caplog, words, name
 def test_options_with_effect_are_not_warned_of(needed_flags, caplog, words):
     read_settings([*needed_flags, *words])
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_more_context_rows_than_inference_has_are_warned_of(needed_flags, caplog):
+    read_settings([*needed_flags, "--anima_seq_len", "640"])
+    assert "short captions get 640 context rows, where inference gives them 512" in caplog.text
