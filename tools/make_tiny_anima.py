@@ -1,8 +1,9 @@
 """Writes a tiny, random Anima of the real architecture, in the layouts of the real files, with drawn pictures.
 
-    python tools/make_tiny_anima.py --output_dir DIR [--pictures N] [--seed S]
+    python tools/make_tiny_anima.py --output_dir DIR [--pictures N] [--seed S] [--real_size]
 
-It knows nothing but trains in seconds on a CPU: for a first try of the trainer, and for the tests.
+It knows nothing but trains in seconds on a CPU: for a first try of the trainer, and for the tests. With --real_size the
+transformer, Qwen3 and VAE have the sizes of the real ones (6 GB of files), to measure speed and memory with.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,9 +29,44 @@ from library.randomness import torch_generator
 from tools.tiny_pictures import draw_training_set
 from tools.tiny_tokenizers import rounded_vocabulary, write_qwen_tokenizer, write_t5_tokenizer
 
-WIDTH, HEAD, DEPTH, MLP, ADALN_RANK = 64, 32, 2, 256, 16
-CONTEXT, ADAPTER_HEAD, ADAPTER_DEPTH, ADAPTER_MLP = 32, 16, 2, 128
 LATENT_CHANNELS, PATCH_AREA = 16, 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths and depths of all models. context: also the width of the LLM adapter and of Qwen3."""
+
+    width: int
+    head: int
+    depth: int
+    mlp: int
+    adaln_rank: int
+    context: int
+    adapter_head: int
+    adapter_depth: int
+    adapter_mlp: int
+    qwen_depth: int
+    qwen_heads: int
+    qwen_kv_heads: int
+    qwen_head: int
+    qwen_mlp: int
+    vae_width: int
+    least_t5_vocabulary: int
+    least_qwen_vocabulary: int
+
+
+TINY = Sizes(
+    width=64, head=32, depth=2, mlp=256, adaln_rank=16,
+    context=32, adapter_head=16, adapter_depth=2, adapter_mlp=128,
+    qwen_depth=2, qwen_heads=2, qwen_kv_heads=1, qwen_head=16, qwen_mlp=96,
+    vae_width=8, least_t5_vocabulary=0, least_qwen_vocabulary=0,
+)  # fmt: skip
+REAL = Sizes(
+    width=2048, head=128, depth=28, mlp=8192, adaln_rank=256,
+    context=1024, adapter_head=64, adapter_depth=6, adapter_mlp=4096,
+    qwen_depth=28, qwen_heads=16, qwen_kv_heads=8, qwen_head=128, qwen_mlp=3072,
+    vae_width=96, least_t5_vocabulary=32128, least_qwen_vocabulary=151936,
+)  # fmt: skip
 
 SAMPLE_PROMPTS = """\
 # One picture a line: prompt --w width --h height --d seed --s steps --l cfg --n negative prompt
@@ -39,85 +76,88 @@ subject, red circle, blue background, simple, flat color --w 128 --h 128 --d 1 -
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def make_tiny_anima(output_dir: Path, pictures: int = 4, seed: int = 0) -> None:
+def make_tiny_anima(output_dir: Path, pictures: int = 4, seed: int = 0, sizes: Sizes = TINY) -> None:
     """Writes the model files, the training pictures and, last, sample_prompts.txt into `output_dir`.
 
     The same seed writes the same bytes in one environment. Files of these names are replaced, others left alone.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     t5_tokens = write_t5_tokenizer(output_dir / "t5")
-    transformer = random_weights(transformer_shapes(rounded_vocabulary(t5_tokens)), seed, "transformer")
+    vocabulary = max(rounded_vocabulary(t5_tokens), sizes.least_t5_vocabulary)
+    transformer = random_weights(transformer_shapes(sizes, vocabulary), seed, "transformer")
     _save(transformer, output_dir / "anima.safetensors", prefix="net.")
-    _save(random_weights(vae_shapes(), seed, "vae"), output_dir / "qwen_image_vae.safetensors")
-    _write_qwen3(output_dir, seed)
+    _save(random_weights(vae_shapes(sizes), seed, "vae"), output_dir / "qwen_image_vae.safetensors")
+    _write_qwen3(output_dir, sizes, seed)
     draw_training_set(output_dir / "train" / "10_subject", pictures, seed)
     (output_dir / "sample_prompts.txt").write_text(SAMPLE_PROMPTS, encoding="utf-8")
 
 
-def transformer_shapes(t5_vocabulary: int) -> dict[str, tuple[int, ...]]:
-    """Anima's tensors: the official checkpoint's names with the sizes above."""
+def transformer_shapes(sizes: Sizes, t5_vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Anima's tensors: the official checkpoint's names with the given sizes."""
     shapes = {
-        "x_embedder.proj.1.weight": (WIDTH, (LATENT_CHANNELS + 1) * PATCH_AREA),
-        "t_embedder.1.linear_1.weight": (WIDTH, WIDTH),
-        "t_embedder.1.linear_2.weight": (3 * WIDTH, WIDTH),
-        "t_embedding_norm.weight": (WIDTH,),
-        "final_layer.linear.weight": (LATENT_CHANNELS * PATCH_AREA, WIDTH),
-        "final_layer.adaln_modulation.1.weight": (ADALN_RANK, WIDTH),
-        "final_layer.adaln_modulation.2.weight": (2 * WIDTH, ADALN_RANK),
-        "llm_adapter.embed.weight": (t5_vocabulary, CONTEXT),
-        "llm_adapter.out_proj.weight": (CONTEXT, CONTEXT),
-        "llm_adapter.out_proj.bias": (CONTEXT,),
-        "llm_adapter.norm.weight": (CONTEXT,),
+        "x_embedder.proj.1.weight": (sizes.width, (LATENT_CHANNELS + 1) * PATCH_AREA),
+        "t_embedder.1.linear_1.weight": (sizes.width, sizes.width),
+        "t_embedder.1.linear_2.weight": (3 * sizes.width, sizes.width),
+        "t_embedding_norm.weight": (sizes.width,),
+        "final_layer.linear.weight": (LATENT_CHANNELS * PATCH_AREA, sizes.width),
+        "final_layer.adaln_modulation.1.weight": (sizes.adaln_rank, sizes.width),
+        "final_layer.adaln_modulation.2.weight": (2 * sizes.width, sizes.adaln_rank),
+        "llm_adapter.embed.weight": (t5_vocabulary, sizes.context),
+        "llm_adapter.out_proj.weight": (sizes.context, sizes.context),
+        "llm_adapter.out_proj.bias": (sizes.context,),
+        "llm_adapter.norm.weight": (sizes.context,),
     }
-    for index in range(DEPTH):
-        shapes.update({f"blocks.{index}.{name}": shape for name, shape in _block_shapes().items()})
-    for index in range(ADAPTER_DEPTH):
-        shapes.update({f"llm_adapter.blocks.{index}.{name}": shape for name, shape in _adapter_block_shapes().items()})
+    for index in range(sizes.depth):
+        shapes.update({f"blocks.{index}.{name}": shape for name, shape in _block_shapes(sizes).items()})
+    for index in range(sizes.adapter_depth):
+        shapes.update(
+            {f"llm_adapter.blocks.{index}.{name}": shape for name, shape in _adapter_block_shapes(sizes).items()}
+        )
     return shapes
 
 
-def _block_shapes() -> dict[str, tuple[int, ...]]:
-    shapes = {"mlp.layer1.weight": (MLP, WIDTH), "mlp.layer2.weight": (WIDTH, MLP)}
-    for attention, source in (("self_attn", WIDTH), ("cross_attn", CONTEXT)):
-        shapes |= {f"{attention}.{name}.weight": (WIDTH, WIDTH) for name in ("q_proj", "output_proj")}
-        shapes |= {f"{attention}.{name}.weight": (WIDTH, source) for name in ("k_proj", "v_proj")}
-        shapes |= {f"{attention}.{name}.weight": (HEAD,) for name in ("q_norm", "k_norm")}
+def _block_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    shapes = {"mlp.layer1.weight": (sizes.mlp, sizes.width), "mlp.layer2.weight": (sizes.width, sizes.mlp)}
+    for attention, source in (("self_attn", sizes.width), ("cross_attn", sizes.context)):
+        shapes |= {f"{attention}.{name}.weight": (sizes.width, sizes.width) for name in ("q_proj", "output_proj")}
+        shapes |= {f"{attention}.{name}.weight": (sizes.width, source) for name in ("k_proj", "v_proj")}
+        shapes |= {f"{attention}.{name}.weight": (sizes.head,) for name in ("q_norm", "k_norm")}
     for branch in ("self_attn", "cross_attn", "mlp"):
-        shapes[f"adaln_modulation_{branch}.1.weight"] = (ADALN_RANK, WIDTH)
-        shapes[f"adaln_modulation_{branch}.2.weight"] = (3 * WIDTH, ADALN_RANK)
+        shapes[f"adaln_modulation_{branch}.1.weight"] = (sizes.adaln_rank, sizes.width)
+        shapes[f"adaln_modulation_{branch}.2.weight"] = (3 * sizes.width, sizes.adaln_rank)
     return shapes
 
 
-def _adapter_block_shapes() -> dict[str, tuple[int, ...]]:
-    shapes = {f"{name}.weight": (CONTEXT,) for name in ("norm_self_attn", "norm_cross_attn", "norm_mlp")}
+def _adapter_block_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    shapes = {f"{name}.weight": (sizes.context,) for name in ("norm_self_attn", "norm_cross_attn", "norm_mlp")}
     for attention in ("self_attn", "cross_attn"):
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
-        shapes |= {f"{attention}.{name}.weight": (CONTEXT, CONTEXT) for name in names}
-        shapes |= {f"{attention}.{name}.weight": (ADAPTER_HEAD,) for name in ("q_norm", "k_norm")}
-    shapes |= {"mlp.0.weight": (ADAPTER_MLP, CONTEXT), "mlp.0.bias": (ADAPTER_MLP,)}
-    shapes |= {"mlp.2.weight": (CONTEXT, ADAPTER_MLP), "mlp.2.bias": (CONTEXT,)}
+        shapes |= {f"{attention}.{name}.weight": (sizes.context, sizes.context) for name in names}
+        shapes |= {f"{attention}.{name}.weight": (sizes.adapter_head,) for name in ("q_norm", "k_norm")}
+    shapes |= {"mlp.0.weight": (sizes.adapter_mlp, sizes.context), "mlp.0.bias": (sizes.adapter_mlp,)}
+    shapes |= {"mlp.2.weight": (sizes.context, sizes.adapter_mlp), "mlp.2.bias": (sizes.context,)}
     return shapes
 
 
-def vae_shapes() -> dict[str, tuple[int, ...]]:
-    """The VAE's tensors under their original names: every block of the real one, at width 8 instead of 96."""
+def vae_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """The VAE's tensors under their original names: every block of the real one, at the given width."""
     with torch.device("meta"):
-        vae = AutoencoderKLQwenImage(base_dim=8)
+        vae = AutoencoderKLQwenImage(base_dim=sizes.vae_width)
     names = original_vae_names(vae)
     return {names[name]: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
 
 
-def _write_qwen3(output_dir: Path, seed: int) -> None:
+def _write_qwen3(output_dir: Path, sizes: Sizes, seed: int) -> None:
     """Writes qwen3/ (Hugging Face layout with the tokenizer) and the same tensors as ComfyUI's single file."""
     tokenizer = write_qwen_tokenizer(output_dir / "qwen3")
     config = Qwen3Config(
-        vocab_size=rounded_vocabulary(len(tokenizer)),
-        hidden_size=CONTEXT,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        intermediate_size=96,
+        vocab_size=max(rounded_vocabulary(len(tokenizer)), sizes.least_qwen_vocabulary),
+        hidden_size=sizes.context,
+        num_hidden_layers=sizes.qwen_depth,
+        num_attention_heads=sizes.qwen_heads,
+        num_key_value_heads=sizes.qwen_kv_heads,
+        head_dim=sizes.qwen_head,
+        intermediate_size=sizes.qwen_mlp,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
         eos_token_id=tokenizer.pad_token_id,
@@ -134,8 +174,11 @@ def _write_qwen3(output_dir: Path, seed: int) -> None:
 
 
 def random_weights(shapes: Shapes, seed: int, model: str) -> dict[str, torch.Tensor]:
-    """Weights of a scale that keeps activations near 1: matrices N(0, 1/fan_in), norms about 1, biases about 0."""
-    return {name: _random_weight(name, shape, seed, model) for name, shape in shapes.items()}
+    """Weights of a scale that keeps activations near 1: matrices N(0, 1/fan_in), norms about 1, biases about 0.
+
+    They are bfloat16, the number format of the distributed files.
+    """
+    return {name: _random_weight(name, shape, seed, model).bfloat16() for name, shape in shapes.items()}
 
 
 def _random_weight(name: str, shape: tuple[int, ...], seed: int, model: str) -> torch.Tensor:
@@ -149,9 +192,8 @@ def _random_weight(name: str, shape: tuple[int, ...], seed: int, model: str) -> 
 
 
 def _save(weights: Mapping[str, torch.Tensor], path: Path, prefix: str = "") -> None:
-    """Saves as bfloat16, the number format of the distributed files."""
-    tensors = {prefix + name: weight.to(torch.bfloat16) for name, weight in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
+    """Saves as they are, with a prefix to their names."""
+    save_file({prefix + name: weight for name, weight in weights.items()}, path, metadata={"format": "pt"})
 
 
 def main() -> None:
@@ -160,10 +202,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder to write into.")
     parser.add_argument("--pictures", type=int, default=4, help="How many training pictures to draw (default 4).")
     parser.add_argument("--seed", type=int, default=0, help="The same seed writes the same bytes (default 0).")
+    parser.add_argument("--real_size", action="store_true", help="The sizes of the real models, 6 GB of files.")
     arguments = parser.parse_args()
     transformers_logging.set_verbosity_error()
-    make_tiny_anima(arguments.output_dir, arguments.pictures, arguments.seed)
-    show(f"A tiny Anima, its tokenizers and {arguments.pictures} pictures are in {arguments.output_dir.resolve()}")
+    sizes = REAL if arguments.real_size else TINY
+    make_tiny_anima(arguments.output_dir, arguments.pictures, arguments.seed, sizes)
+    folder = arguments.output_dir.resolve()
+    show(f"An Anima of random weights, its tokenizers and {arguments.pictures} pictures are in {folder}")
 
 
 if __name__ == "__main__":

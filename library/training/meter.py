@@ -17,7 +17,8 @@ class Meter:
         self._pending: list[Tensor] = []
         self._epoch: list[float] = []
         self._current = 0.0
-        self._average: float | None = None
+        self._average = 0.0
+        self._read = 0
         self._step_seconds: list[float] = []
         self._last_step, self._last_time = step, time.perf_counter()
 
@@ -28,14 +29,15 @@ class Meter:
     def read(self, step: int) -> dict[str, float]:
         """The curves' values at a log point after `step` steps; waits for the device.
 
-        loss/average is an exponential moving average over steps with decay 0.98.
+        loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
         """
         losses = torch.stack(self._pending).tolist()
         self._pending.clear()
         self._epoch += losses
         self._current = losses[-1]
         for loss in losses:
-            self._average = loss if self._average is None else 0.98 * self._average + 0.02 * loss
+            self._read += 1
+            self._average += (loss - self._average) / min(self._read, 50)
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now

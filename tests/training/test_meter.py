@@ -1,0 +1,40 @@
+"""What the curves show."""
+
+import pytest
+import torch
+
+from library.training.meter import Meter
+
+
+def test_the_average_is_a_mean_at_first_and_then_follows_slowly():
+    meter = Meter(0, torch.device("cpu"))
+    for loss in (4.0, 2.0, 3.0):
+        meter.add(torch.tensor(loss))
+    assert meter.read(3) == {"loss/current": 3.0, "loss/average": pytest.approx(3.0)}
+    for _ in range(47):
+        meter.add(torch.tensor(3.0))
+    meter.add(torch.tensor(53.0))
+    assert meter.read(51)["loss/average"] == pytest.approx(4.0)
+
+
+def test_an_epochs_average_is_over_its_own_steps():
+    meter = Meter(0, torch.device("cpu"))
+    meter.add(torch.tensor(1.0))
+    meter.read(1)
+    meter.add(torch.tensor(2.0))
+    meter.read(2)
+    assert meter.close_epoch() == 1.5
+    meter.add(torch.tensor(8.0))
+    meter.read(3)
+    assert meter.close_epoch() == 8.0
+    assert meter.shown() == {"loss": "8.0000", "average": "3.6667"}
+
+
+def test_the_summary_gives_the_median_time_of_a_step(monkeypatch):
+    clock = iter([0.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter(10, torch.device("cpu"))
+    for step in (11, 13, 15):
+        meter.add(torch.tensor(1.0))
+        meter.read(step)
+    assert meter.summary() == "500 ms a step (median over log points)"
