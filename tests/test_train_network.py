@@ -52,7 +52,8 @@ class ToyTrainer(NetworkTrainer):
     """The loss of a sample is weight * its number, so its gradient is the number."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, Accelerator(mixed_precision="no", cpu=True))
+        super().__init__(settings, Accelerator(mixed_precision="no"))
+        self.device = torch.device("cpu")
         self.network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.network.weight)
         optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
