@@ -1,6 +1,12 @@
-"""Errors for users: each message names what is wrong and what to do; the entry points show it without a traceback."""
+"""Errors for users, and the wording their messages share.
+
+Each message names what is wrong and what to do; the entry points show it without a traceback.
+"""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -17,3 +23,19 @@ class DataError(UserError):
 
 class ModelFileError(UserError):
     """A model, VAE, text encoder, tokenizer or adapter file that cannot be used."""
+
+
+def first_ten(names: Iterable[str], separator: str = ", ") -> str:
+    """The first ten names for a message, and how many more there are."""
+    listed = list(names)
+    more = [f"and {len(listed) - 10} more"] if len(listed) > 10 else []
+    return separator.join([*listed[:10], *more])
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean a or b?" for the nearest known words, else for those that contain the word; "" for none."""
+    by_lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    if not near and len(word) > 3:
+        near = [name for name in by_lower if word.lower() in name][:3]
+    return f"; did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""

@@ -13,7 +13,7 @@ from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.quantised import StoredTensor, apply_scale, fold_scales
 from library.anima_runtime.transformer import AnimaTransformer
-from library.errors import ModelFileError
+from library.errors import ModelFileError, first_ten
 
 Rename = Callable[[str], str | None]
 
@@ -41,16 +41,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise ModelFileError(f"{path} is not a whole .safetensors file: {error}") from error
 
 
-def match_tensors(
-    path: Path, expected: Mapping[str, Sequence[int]], rename: Rename, what: str
-) -> dict[str, StoredTensor]:
-    """Finds the file's tensor for every expected name and shape, from its header alone.
+def match_tensors(path: Path, module: nn.Module, rename: Rename, what: str) -> dict[str, StoredTensor]:
+    """Finds the file's tensor for every name and shape of the module's state dict, from the file's header alone.
 
-    expected: shapes by name, as in a module's state dict.
-    rename: the expected name for a name in the file, or None for a tensor that is to be left out.
+    rename: the module's name for a name in the file, or None for a tensor that is to be left out.
     what: what the file was given as, for the message: "an Anima transformer".
     Raises ModelFileError listing missing, unknown and mis-shaped tensors, and what the file looks like.
     """
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     header = read_header(path)
     matched: dict[str, StoredTensor] = {}
     unknown = []
@@ -64,14 +62,18 @@ def match_tensors(
     misshaped = [
         f"{tensor.name} {list(tensor.shape)} instead of {list(expected[name])}"
         for name, tensor in matched.items()
-        if tensor.shape != tuple(expected[name])
+        if tensor.shape != expected[name]
     ]
-    if missing or unknown or misshaped:
-        found = {"missing tensors": missing, "unknown tensors": unknown, "tensors of another shape": misshaped}
-        lines = [f"  {len(names)} {title}: {_first_ten(names)}" for title, names in found.items() if names]
-        kind = describe_tensors(header)
-        raise ModelFileError("\n".join([f"{path} was given as {what}, and looks like {kind}.", *lines]))
+    misfits = list_misfits(missing, unknown, misshaped)
+    if misfits:
+        raise ModelFileError(f"{path} was given as {what}, and looks like {describe_tensors(header)}.{misfits}")
     return matched
+
+
+def list_misfits(missing: Sequence[str], unknown: Sequence[str], misshaped: Sequence[str]) -> str:
+    """What of a file does not fit, each kind on a line of its own; "" where all does."""
+    kinds = {"missing tensors": missing, "unknown tensors": unknown, "tensors of another shape": misshaped}
+    return "".join(f"\n  {len(names)} {kind}: {first_ten(names)}" for kind, names in kinds.items() if names)
 
 
 def load_into(
@@ -83,8 +85,7 @@ def load_into(
     the module is in eval mode. Buffers that are not in its state dict are left as they are. 8-bit weights are decoded.
     rename, what: see match_tensors, whose errors this raises before anything is loaded.
     """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    matched = match_tensors(path, expected, rename, what)
+    matched = match_tensors(path, module, rename, what)
     state = dict(_read_tensors(path, matched, dtype, torch.device(device)))
     module.load_state_dict(state, assign=True)
     module.requires_grad_(False).eval()
@@ -101,8 +102,8 @@ def check_transformer_file(path: Path) -> AnimaConfig:
         kind = describe_tensors(header)
         raise ModelFileError(f"{path} was given as {_TRANSFORMER}, and looks like {kind}. {error}") from error
     with torch.device("meta"):
-        expected = AnimaTransformer(config).state_dict()
-    match_tensors(path, {name: tuple(tensor.shape) for name, tensor in expected.items()}, rename, _TRANSFORMER)
+        transformer = AnimaTransformer(config)
+    match_tensors(path, transformer, rename, _TRANSFORMER)
     return config
 
 
@@ -144,7 +145,3 @@ def _read_tensors(
                     values = apply_scale(values, file.get_tensor(stored.scale))
                 # A copy even where nothing changes: the tensor read is a view of the open file.
                 yield name, torch.empty(values.shape, dtype=dtype, device=device).copy_(values)
-
-
-def _first_ten(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

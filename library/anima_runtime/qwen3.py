@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from library.anima_runtime.checkpoint import load_into, match_tensors, read_header
+from library.anima_runtime.checkpoint import list_misfits, load_into, match_tensors, read_header
 from library.anima_runtime.file_kinds import describe_tensors
 from library.errors import ModelFileError
 
@@ -41,8 +41,7 @@ def check_qwen_file(path: Path) -> None:
     if path.is_dir():
         _check_folder(path)
         return
-    model = _plan_single_file(path)
-    match_tensors(path, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, _own_name, _WHAT)
+    match_tensors(path, _plan_single_file(path), _own_name, _WHAT)
 
 
 def _own_name(name: str) -> str | None:
@@ -108,12 +107,11 @@ def _load_folder(folder: Path, dtype: torch.dtype) -> Qwen3Model:
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelFileError(f"{folder}: the Qwen3 text encoder cannot be loaded: {error}") from error
-    problems = {
-        "missing tensors": found["missing_keys"],
-        "unknown tensors": found["unexpected_keys"] - {"lm_head.weight"},
-        "tensors of another shape": {name for name, *_ in found["mismatched_keys"]},
-    }
-    lines = [f"  {len(names)} {title}: {', '.join(sorted(names)[:10])}" for title, names in problems.items() if names]
-    if lines:
-        raise ModelFileError("\n".join([f"{folder} was given as {_WHAT}, but does not fit its config.json.", *lines]))
+    misfits = list_misfits(
+        missing=sorted(found["missing_keys"]),
+        unknown=sorted(found["unexpected_keys"] - {"lm_head.weight"}),
+        misshaped=sorted(name for name, *_ in found["mismatched_keys"]),
+    )
+    if misfits:
+        raise ModelFileError(f"{folder} was given as {_WHAT}, but does not fit its config.json.{misfits}")
     return model.requires_grad_(False).eval()

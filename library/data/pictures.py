@@ -14,11 +14,9 @@ from library.data.captions import read_caption_lines
 from library.data.folders import PICTURE_ENDINGS, pictures_in
 from library.data.pixels import read_size
 from library.data.settings import DatasetSettings, SubsetSettings
-from library.errors import DataError
+from library.errors import DataError, first_ten
 
 logger = logging.getLogger(__name__)
-
-_NAMED = 10  # how many files a message lists by name
 
 
 @dataclass(frozen=True)
@@ -155,5 +153,4 @@ def _warn(names: Sequence[str], what: str) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    more = [f"and {len(names) - _NAMED} more"] if len(names) > _NAMED else []
-    return "\n".join(f"  {name}" for name in [*names[:_NAMED], *more])
+    return "  " + first_ten(names, "\n  ")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from library.errors import SettingError
+from library.errors import SettingError, did_you_mean
 from library.options import Option
-from library.settings.entries import COMMAND_LINE, Entry, did_you_mean
+from library.settings.entries import COMMAND_LINE, Entry
 from library.settings.groups import by_spelling, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT
 from library.settings.values import is_bool, takes_several

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +38,3 @@ class Given:
 
     def __str__(self) -> str:
         return f"{self.label} = {self.value} ({self.source})"
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean a or b?" for the nearest known words, else for those that contain the word; "" for none."""
-    by_lower = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
-    if not near and len(word) > 3:
-        near = [name for name in by_lower if word.lower() in name][:3]
-    return f"; did you mean {' or '.join(by_lower[name] for name in near)}?" if near else ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 
+from library.errors import did_you_mean
 from library.options import Option
-from library.settings.entries import Entry, Given, did_you_mean
+from library.settings.entries import Entry, Given
 from library.settings.groups import by_spelling, dataset_options, run_options, subset_options, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT, is_fixed_value
 from library.settings.values import convert

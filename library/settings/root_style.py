@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from library.settings.entries import Entry, did_you_mean
+from library.errors import did_you_mean
+from library.settings.entries import Entry
 from library.settings.groups import by_spelling, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT
 from library.settings.root_style_keys import (

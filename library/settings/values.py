@@ -8,8 +8,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from library.errors import did_you_mean
 from library.options import Option
-from library.settings.entries import did_you_mean
 
 
 def convert(option: Option, raw: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from library.errors import ModelFileError, SettingError
+from library.errors import ModelFileError, SettingError, first_ten
 from library.files import folder_written_atomically
 from library.training.run import RunState
 
@@ -54,7 +54,7 @@ def load_state(folder: Path, parts: Resumable) -> RunState:
         different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
         raise ModelFileError(
             f"resume: the state in {folder} is of another network; these tensors differ or are missing: "
-            f"{', '.join(different[:10])}. Use the network_dim, network_module and targets it was trained with."
+            f"{first_ten(different)}. Use the network_dim, network_module and targets it was trained with."
         )
     parts.network.load_state_dict(tensors)
     parts.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
