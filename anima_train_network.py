@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
-from library.anima_runtime.flow import SampleKey, add_noise, draw_noise, draw_timesteps, velocity_losses
+from library.anima_runtime.flow import add_noise, draw_noise, draw_timesteps, velocity_losses
 from library.anima_runtime.prompts import parse_prompt_lines
 from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3
 from library.anima_runtime.sampling import render
@@ -86,7 +86,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             latents = self.encode_pixels(batch.pixels_BCHW)
         else:
             latents = batch.latents_BCTHW.to(self.device, non_blocking=True)
-        keys, seed = [SampleKey(*key) for key in batch.keys], self.settings.run.seed
+        keys, seed = batch.keys, self.settings.run.seed
         noise = draw_noise(keys, seed, latents)
         timesteps = draw_timesteps(keys, seed, self.settings.objective, self.device)
         noisy = add_noise(latents, noise, timesteps)
@@ -111,9 +111,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         for rows in groups.values():
             text = pad_captions([states[row] for row in rows], self.device)
             with torch.set_grad_enabled(self.network.trains_llm_adapter):
-                context = self.transformer.encode_context(
-                    text.qwen_states_BSD, text.qwen_mask_BS, text.t5_ids_BL, text.t5_mask_BL, least
-                )
+                context = self.transformer.encode_context(*text, min_length=least)
             contexts.append((rows if len(groups) > 1 else slice(None), context))
         return contexts
 

@@ -15,6 +15,9 @@ from torch import Tensor
 from library.options import option
 from library.randomness import torch_generator
 
+# (epoch, picture, repeat): one use of one picture in a run, from which its noise and timestep follow.
+SampleKey = tuple[int, str, int]
+
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
@@ -25,15 +28,6 @@ class ObjectiveSettings:
     )
     anima_sigmoid_scale: float = option(1.0, "logit_normal draws t = sigmoid(scale x N(0, 1)).")
     anima_flow_shift: float = option(3.0, "Shifts t towards noise: s t / (1 + (s - 1) t); 1 leaves it alone.")
-
-
-@dataclass(frozen=True)
-class SampleKey:
-    """Names one use of one picture in a run; its noise and timestep follow from it."""
-
-    epoch: int
-    picture: str
-    repeat: int
 
 
 def shift_timesteps(t: Tensor, shift: float) -> Tensor:
@@ -47,7 +41,7 @@ def draw_timesteps(
     """One shifted timestep per sample: float32 [B] in (0, 1)."""
 
     def draw(key: SampleKey) -> Tensor:
-        generator = torch_generator(seed, "timestep", key.epoch, key.picture, key.repeat, device=device)
+        generator = torch_generator(seed, "timestep", *key, device=device)
         if settings.anima_timestep_sampling == "uniform":
             return torch.rand((), generator=generator, device=device)
         return torch.sigmoid(settings.anima_sigmoid_scale * torch.randn((), generator=generator, device=device))
@@ -59,7 +53,7 @@ def draw_noise(keys: Sequence[SampleKey], seed: int, latents_BCTHW: Tensor) -> T
     """Standard normal noise, float32, in the shape and on the device of the latents."""
     device = latents_BCTHW.device
     shape = latents_BCTHW.shape[1:]
-    generators = [torch_generator(seed, "noise", key.epoch, key.picture, key.repeat, device=device) for key in keys]
+    generators = [torch_generator(seed, "noise", *key, device=device) for key in keys]
     return torch.stack([torch.randn(shape, generator=generator, device=device) for generator in generators])
 
 

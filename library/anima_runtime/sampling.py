@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +15,8 @@ from torch import nn
 
 from library.anima_runtime.prompts import PromptRequest
 from library.anima_runtime.text_encoding import CaptionEncoder, pad_captions
+from library.anima_runtime.transformer import AnimaTransformer
+from library.anima_runtime.vae import AnimaVAE
 from library.options import option
 
 
@@ -31,25 +32,16 @@ class SampleSettings:
     sample_at_first: bool = option(False, "Render the prompts before the first step as well.")
 
 
-class LatentDecoder(Protocol):
-    """The part of AnimaVAE that rendering needs."""
-
-    latent_channels: int
-    spatial_factor: int
-
-    def decode(self, latents_BCTHW: torch.Tensor) -> torch.Tensor: ...
-
-
 @torch.no_grad()
 def render(
-    transformer: nn.Module,
-    vae: LatentDecoder,
+    transformer: AnimaTransformer,
+    vae: AnimaVAE,
     text_encoder: CaptionEncoder,
     request: PromptRequest,
     device: torch.device | str,
     min_context_length: int = 512,
 ) -> Image.Image:
-    """The picture `request` asks for. `transformer` is an AnimaTransformer (or the like) on `device`.
+    """The picture `request` asks for. `transformer` lies on `device`.
 
     Global random states stay as they are, and every module of the transformer gets its train or eval mode back.
     """
@@ -60,7 +52,7 @@ def render(
 
 
 def denoise(
-    transformer: nn.Module, noise_BCTHW: torch.Tensor, contexts: list[torch.Tensor], request: PromptRequest
+    transformer: AnimaTransformer, noise_BCTHW: torch.Tensor, contexts: list[torch.Tensor], request: PromptRequest
 ) -> torch.Tensor:
     """Euler steps from noise (t = 1) to latents (t = 0), fp32. contexts: the prompt's (1, L, D), then the negative's.
 
@@ -85,7 +77,7 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor | None = None, 
 
 
 def _encode_prompts(
-    transformer: nn.Module,
+    transformer: AnimaTransformer,
     text_encoder: CaptionEncoder,
     request: PromptRequest,
     device: torch.device | str,
@@ -96,18 +88,13 @@ def _encode_prompts(
     Each goes through the model alone: padding the shorter to the longer would add zero rows, which change a result.
     """
     prompts = [request.prompt] if request.cfg == 1 else [request.prompt, request.negative]
-    contexts = []
-    for states in text_encoder.encode(prompts):
-        text = pad_captions([states], device)
-        contexts.append(
-            transformer.encode_context(
-                text.qwen_states_BSD, text.qwen_mask_BS, text.t5_ids_BL, text.t5_mask_BL, min_context_length
-            )
-        )
-    return contexts
+    return [
+        transformer.encode_context(*pad_captions([states], device), min_length=min_context_length)
+        for states in text_encoder.encode(prompts)
+    ]
 
 
-def _initial_noise(vae: LatentDecoder, request: PromptRequest) -> torch.Tensor:
+def _initial_noise(vae: AnimaVAE, request: PromptRequest) -> torch.Tensor:
     """Noise (1, C, 1, H/8, W/8) from a CPU generator, so that a seed means the same picture on every device."""
     sides = (request.height // vae.spatial_factor, request.width // vae.spatial_factor)
     generator = torch.Generator("cpu").manual_seed(request.seed)

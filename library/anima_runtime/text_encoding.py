@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -24,9 +24,8 @@ class CaptionStates:
     t5_ids: torch.Tensor
 
 
-@dataclass(frozen=True)
-class PaddedCaptions:
-    """A batch of captions, padded on the right; the masks are True at real tokens."""
+class PaddedCaptions(NamedTuple):
+    """A batch of captions for the LLM adapter, padded on the right; the masks are True at real tokens."""
 
     qwen_states_BSD: torch.Tensor
     qwen_mask_BS: torch.Tensor
@@ -55,11 +54,6 @@ class TextEncoder:
         self.qwen = qwen
         self.qwen_tokenizer = qwen_tokenizer
         self.t5_tokenizer = t5_tokenizer
-
-    def to(self, device: torch.device | str) -> TextEncoder:
-        """Moves Qwen3 to `device`."""
-        self.qwen.to(device)
-        return self
 
     @torch.no_grad()  # not inference_mode: the states take part in a graph when the LLM adapter is trained
     def encode(self, captions: Sequence[str]) -> list[CaptionStates]:
@@ -105,7 +99,7 @@ class CachedTextEncoder:
 
 
 def pad_captions(captions: Sequence[CaptionStates], device: torch.device | str) -> PaddedCaptions:
-    """A batch on `device` for the LLM adapter, padded on the right to the longest caption of each side."""
+    """A batch on `device`, padded to the longest caption of each side."""
     qwen_states_BSD, qwen_mask_BS = _pad([caption.qwen_states for caption in captions], device)
     t5_ids_BL, t5_mask_BL = _pad([caption.t5_ids for caption in captions], device)
     return PaddedCaptions(qwen_states_BSD, qwen_mask_BS, t5_ids_BL, t5_mask_BL)

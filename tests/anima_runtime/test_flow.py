@@ -7,7 +7,6 @@ import torch
 
 from library.anima_runtime.flow import (
     ObjectiveSettings,
-    SampleKey,
     add_noise,
     draw_noise,
     draw_timesteps,
@@ -15,7 +14,7 @@ from library.anima_runtime.flow import (
     velocity_losses,
 )
 
-KEYS = [SampleKey(epoch, f"0/0/{name}.png", repeat) for epoch in range(4) for name in range(250) for repeat in range(4)]
+KEYS = [(epoch, f"0/0/{name}.png", repeat) for epoch in range(4) for name in range(250) for repeat in range(4)]
 
 
 def test_shift_of_three_moves_the_middle_to_three_quarters():
@@ -52,7 +51,7 @@ def test_draws_follow_from_the_key_and_not_from_their_order():
 
 
 def test_noise_differs_between_purposes_epochs_pictures_and_repeats():
-    keys = [SampleKey(0, "a", 0), SampleKey(1, "a", 0), SampleKey(0, "b", 0), SampleKey(0, "a", 1)]
+    keys = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
     noise = draw_noise(keys, 0, torch.zeros(4, 16, 1, 8, 8)).flatten(1)
     correlation = torch.corrcoef(noise)
     assert (correlation - torch.eye(4)).abs().max() < 0.15
