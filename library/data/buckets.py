@@ -40,9 +40,7 @@ def bucket_sizes(dataset: DatasetSettings) -> tuple[tuple[int, int], ...]:
 
 
 def _check_limits(dataset: DatasetSettings) -> None:
-    steps, shortest, longest = dataset.bucket_reso_steps, dataset.min_bucket_reso, dataset.max_bucket_reso
-    if steps < SIDE_UNIT or steps % SIDE_UNIT:
-        raise SettingError(f"bucket_reso_steps must be a multiple of {SIDE_UNIT}, not {steps}")
+    shortest, longest = dataset.min_bucket_reso, dataset.max_bucket_reso
     if min(dataset.resolution) < shortest or max(dataset.resolution) > longest:
         raise SettingError(
             f"resolution {dataset.resolution[0]}x{dataset.resolution[1]} does not lie between min_bucket_reso "

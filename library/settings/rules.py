@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from library.data.buckets import SIDE_UNIT
 from library.errors import SettingError
 from library.settings.groups import Settings, settings_as_flat_dict, top_level_options
 from library.settings.root_style_keys import DEFAULT_SOURCE
@@ -109,12 +110,12 @@ def _range_problems(settings: Settings, values: dict[str, Any], prefix: str) -> 
 
 
 def buckets(settings: Settings) -> Iterator[str]:
-    """Bucket sides fit the model, and the limits leave room for one."""
+    """Bucket sides fit the model, and the limits are the right way round."""
     for i, dataset in enumerate(settings.datasets):
         prefix = f"datasets[{i}]."
-        if dataset.bucket_reso_steps % 16:
+        if dataset.bucket_reso_steps % SIDE_UNIT:
             name = _origin(settings, "bucket_reso_steps", prefix)
-            yield f"{name}: {dataset.bucket_reso_steps} is not a multiple of 16"
+            yield f"{name}: {dataset.bucket_reso_steps} is not a multiple of {SIDE_UNIT}"
         if dataset.min_bucket_reso > dataset.max_bucket_reso:
             lower, upper = (_origin(settings, name, prefix) for name in ("min_bucket_reso", "max_bucket_reso"))
             yield f"{lower} is {dataset.min_bucket_reso}, above {upper}, which is {dataset.max_bucket_reso}"

@@ -38,13 +38,14 @@ _OPTIMIZERS = {
     "adamw": _Named("torch.optim", "AdamW", "torch"),
     "adamw8bit": _Named("bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
 }
+_NAMES = ", ".join(named.class_name for named in _OPTIMIZERS.values())
 
 
 def optimizer_class(settings: OptimizerSettings) -> type[torch.optim.Optimizer]:
     """The class a name stands for. Raises SettingError for an unknown name or a package that is not installed."""
     named = _OPTIMIZERS.get(settings.optimizer_type.lower())
     if named is None:
-        raise SettingError(f"optimizer_type: {settings.optimizer_type!r} is not known; give one of AdamW, AdamW8bit")
+        raise SettingError(f"optimizer_type: {settings.optimizer_type!r} is not known; give one of {_NAMES}")
     try:
         return getattr(importlib.import_module(named.module), named.class_name)
     except ImportError as error:

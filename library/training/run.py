@@ -27,7 +27,7 @@ class RunSettings:
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass: less memory, more time. Unset: chosen by the card's memory."
     )
-    mixed_precision: str = option("no", "Precision of the frozen model; no is fp32.", choices=("no", "fp16", "bf16"))
+    mixed_precision: str = option("no", "Precision of the frozen model; no is fp32.", choices=tuple(DTYPES))
     seed: int = option(42, "Everything random in the run follows from it.")
     resume: Path | None = option(None, "State folder of an earlier run to continue exactly.")
 
