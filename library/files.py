@@ -21,11 +21,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         mode = temporary.stat().st_mode  # a writer may make a new file that only its owner can read
         write(temporary)
         temporary.chmod(mode)
-        sync_file(temporary)
+        _sync_file(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -39,12 +39,12 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                sync_file(file)
-        sync_folder(temporary)
+                _sync_file(file)
+        _sync_folder(temporary)
         _replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -59,13 +59,13 @@ def _replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def sync_file(path: Path) -> None:
+def _sync_file(path: Path) -> None:
     """Forces a written file's bytes to disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
-def sync_folder(path: Path) -> None:
+def _sync_folder(path: Path) -> None:
     """Forces a folder's entries to disk; Windows has no such call and needs none."""
     if os.name == "nt":
         return

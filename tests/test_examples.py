@@ -1,7 +1,7 @@
 """Every shipped config trains, and every command of the README is one that a test runs.
 
-What an example cannot have here is swapped: the model files for the tiny model's, the pictures, sizes that would be slow
-on a CPU, and the length. Everything else of the file stays in force.
+What an example cannot have here is swapped: the model files for the tiny model's, the pictures, sizes that would be
+slow on a CPU, and the length. Everything else of the file stays in force.
 """
 
 from __future__ import annotations
