@@ -129,11 +129,15 @@ class AnimaNetworkTrainer(NetworkTrainer):
             self.vae.to("cpu")
 
     def model_facts(self) -> Mapping[str, Any]:
-        model = self.settings.model
+        model, objective = self.settings.model, self.settings.objective
         return {
-            "model_name": model.pretrained_model_name_or_path.name,
+            "base_model_version": "anima",
+            "sd_model_name": model.pretrained_model_name_or_path.name,
             "vae_name": model.vae.name,
-            "depth": self.config.depth,
+            "anima_depth": self.config.depth,
+            "timestep_sampling": objective.anima_timestep_sampling,
+            "sigmoid_scale": objective.anima_sigmoid_scale,
+            "discrete_flow_shift": objective.anima_flow_shift,
         }
 
 

@@ -78,7 +78,7 @@ class NetworkTrainer:
         raise NotImplementedError
 
     def model_facts(self) -> Mapping[str, Any]:
-        """model_name, vae_name and depth, for the metadata."""
+        """What an adapter's metadata says of the model and its objective, by names without "ss_"."""
         raise NotImplementedError
 
     # --- the run ---
@@ -129,7 +129,7 @@ class NetworkTrainer:
             self.state = load_state(run.resume, self.parts)
             logger.info("resumed from %s at step %d of %d", run.resume, self.state.step, total_steps)
         self.facts = RunFacts(
-            **self.model_facts(),
+            model=self.model_facts(),
             num_train_images=sum(picture.repeats for picture in pictures),
             num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
             num_epochs=-(-total_steps // epoch_steps),

@@ -26,18 +26,17 @@ _FROM_SETTINGS = {
     "seed": "seed",
     "output_name": "output_name",
     "training_comment": "training_comment",
-    "timestep_sampling": "anima_timestep_sampling",
-    "sigmoid_scale": "anima_sigmoid_scale",
-    "discrete_flow_shift": "anima_flow_shift",
 }
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run beside its settings. Times are seconds since 1970; datasets is JSON-ready."""
+    """What is known of a run beside its settings. Times are seconds since 1970; datasets is JSON-ready.
 
-    model_name: str
-    vae_name: str
+    model: what the metadata says of the model and its objective, by names without "ss_".
+    """
+
+    model: Mapping[str, Any]
     num_train_images: int
     num_batches_per_epoch: int
     num_epochs: int
@@ -46,7 +45,6 @@ class RunFacts:
     network_args: Mapping[str, str]
     datasets: list[dict[str, Any]]
     tag_frequency: Mapping[str, Mapping[str, int]]
-    depth: int
 
 
 def adapter_metadata(
@@ -55,9 +53,7 @@ def adapter_metadata(
     """Metadata of an adapter saved after `step` optimizer steps, in or after `epoch` (counted from 1)."""
     values: dict[str, Any] = {name: settings[setting] for name, setting in _FROM_SETTINGS.items()}
     values |= {
-        "base_model_version": "anima",
-        "sd_model_name": facts.model_name,
-        "vae_name": facts.vae_name,
+        **facts.model,
         "num_train_images": facts.num_train_images,
         "num_batches_per_epoch": facts.num_batches_per_epoch,
         "num_epochs": facts.num_epochs,
@@ -70,6 +66,5 @@ def adapter_metadata(
         "datasets": json.dumps(facts.datasets),
         "tag_frequency": json.dumps(facts.tag_frequency),
         "resolution": json.dumps([dataset["resolution"] for dataset in facts.datasets]),
-        "anima_depth": facts.depth,
     }
     return {f"ss_{name}": str(value) for name, value in values.items()}
