@@ -37,6 +37,7 @@ def axis_angles(length: int, size: int, theta: float, device: torch.device) -> t
 
 
 def rotary_tables(angles_LK: torch.Tensor) -> RotaryTables:
+    """What `rotate` takes, from each position's angles."""
     return angles_LK.cos(), angles_LK.sin()
 
 

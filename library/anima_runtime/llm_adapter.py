@@ -48,6 +48,8 @@ class AdapterAttention(nn.Module):
 
 
 class AdapterBlock(nn.Module):
+    """x += f(RMSNorm(x)), with f self-attention, cross-attention and MLP in turn."""
+
     def __init__(self, config: LLMAdapterConfig) -> None:
         super().__init__()
         self.norm_self_attn = RMSNorm(config.width)

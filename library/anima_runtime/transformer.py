@@ -46,6 +46,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    """The same for every token: widen, GELU, narrow."""
+
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
         self.layer1 = nn.Linear(width, hidden_width, bias=False)
@@ -94,6 +96,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
+    """Modulated tokens to the features of their patches: (B, L, width) to (B, L, p * p * C)."""
+
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
         self.linear = nn.Linear(config.width, config.latent_channels * config.patch_size**2, bias=False)

@@ -52,8 +52,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
 
 def check_settings(settings: Settings) -> list[str]:
     """Every problem of the settings as a whole; what has no effect is logged as a warning."""
-    warn_of_no_effect(settings)
-    warn_of_long_context(settings)
+    _warn_of_no_effect(settings)
+    _warn_of_long_context(settings)
     rules = (model_files, numbers_in_range, buckets, optimizer, files_to_start_from, samples, output_folders)
     problems: list[str] = []
     for rule in rules:
@@ -179,14 +179,14 @@ def _origin(settings: Settings, name: str, prefix: str = "") -> str:
     return name
 
 
-def warn_of_long_context(settings: Settings) -> None:
+def _warn_of_long_context(settings: Settings) -> None:
     """More context rows than inference pads to are allowed, but worth a word."""
     if settings.model.anima_seq_len > 512:
         rows = settings.model.anima_seq_len
         logger.warning("anima_seq_len: short captions get %d context rows, where inference gives them 512", rows)
 
 
-def warn_of_no_effect(settings: Settings) -> None:
+def _warn_of_no_effect(settings: Settings) -> None:
     """One warning for each option that was set to other than its default, but does nothing beside the others."""
     options = top_level_options()
     for name, reason in _no_effect(settings):

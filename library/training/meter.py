@@ -18,7 +18,7 @@ class Meter:
         self._epoch: list[float] = []
         self._current = 0.0
         self._average = 0.0
-        self._read = 0
+        self._losses_read = 0
         self._step_seconds: list[float] = []
         self._last_step, self._last_time = step, time.perf_counter()
 
@@ -36,8 +36,8 @@ class Meter:
         self._epoch += losses
         self._current = losses[-1]
         for loss in losses:
-            self._read += 1
-            self._average += (loss - self._average) / min(self._read, 50)
+            self._losses_read += 1
+            self._average += (loss - self._average) / min(self._losses_read, 50)
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now

@@ -63,10 +63,12 @@ class RunState:
         return True
 
     def save(self, path: Path) -> None:
+        """Writes the JSON file."""
         path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> RunState:
+        """Reads what `save` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 

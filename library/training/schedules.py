@@ -62,13 +62,11 @@ def make_schedule(
 
 def _specific_arguments(name: str, settings: ScheduleSettings) -> dict[str, Any]:
     cycles = settings.lr_scheduler_num_cycles
+    waves = 0.5 if cycles is None else cycles
     if name == "cosine":
-        return {"num_cycles": 0.5 if cycles is None else cycles}
+        return {"num_cycles": waves}
     if name == "cosine_with_min_lr":
-        return {
-            "num_cycles": 0.5 if cycles is None else cycles,
-            "min_lr_rate": settings.lr_scheduler_min_lr_ratio,
-        }
+        return {"num_cycles": waves, "min_lr_rate": settings.lr_scheduler_min_lr_ratio}
     if name == "cosine_with_restarts":
         return {"num_cycles": 1 if cycles is None else int(cycles)}
     if name == "polynomial":

@@ -40,5 +40,6 @@ class Tracker:
                 self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Writes out what is still waiting."""
         if self._writer is not None:
             self._writer.close()
