@@ -1,0 +1,123 @@
+"""The network_args of this project's adapters: declared, typed, checked."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from library.errors import SettingError
+from library.options import Option, option, options_of
+
+
+@dataclass(frozen=True)
+class NetworkArguments:
+    """What 'network_args' may say. Patterns are those of `networks.targets`."""
+
+    target_modules: tuple[str, ...] = option((), "Linears to adapt, by pattern, in place of the default ones.")
+    exclude_patterns: tuple[str, ...] = option((), "Modules to leave alone.")
+    include_patterns: tuple[str, ...] = option((), "Further Linears to adapt, excluded ones too.")
+    train_llm_adapter: bool = option(True, "Adapters and norms of the LLM adapter as well.")
+    train_text_encoder: bool = option(False, "Adapters on Qwen3's Linears as well.")
+    train_norm: bool = option(True, "Train every norm weight as a difference.")
+    network_reg_dims: tuple[str, ...] = option((), "Ranks by pattern: 'pattern=rank'.")
+    network_reg_alphas: tuple[str, ...] = option((), "Alphas by pattern: 'pattern=alpha'.")
+    network_reg_lrs: tuple[str, ...] = option((), "Learning rates by pattern: 'pattern=rate'.")
+    llm_adapter_lr: float | None = option(None, "Learning rate of the LLM adapter's part; 0 leaves it untrained.")
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: output-side factors learn this many times faster.")
+    rank_dropout: float = option(0.0, "Chance of a rank (LoRA) or a row of the change (LoKr, LoHa) to be left out.")
+    rank_dropout_scale: bool = option(False, "Scale up what rank dropout keeps (LoKr, LoHa).")
+    module_dropout: float = option(0.0, "Chance of an adapter to be skipped for a batch.")
+    rs_lora: bool = option(False, "Scale by alpha / sqrt(rank).", aliases=("use_rslora", "rslora"))
+    dora: bool = option(False, "Train each row's length too, in ComfyUI's arithmetic.", aliases=("dora_wd", "use_dora"))
+    factor: int = option(8, "LoKr: size of the small factor; -1 for the most balanced.", aliases=("lokr_factor",))
+    full_matrix: bool = option(False, "LoKr: both factors whole.", aliases=("lokr_full_matrix",))
+    decompose_both: bool = option(False, "LoKr: the small factor low-rank too.", aliases=("lokr_decompose_both",))
+
+
+NO_ARGUMENTS = NetworkArguments()
+
+# Names of LyCORIS and of root-style files for arguments above.
+_PREFIXED = {f"lokr_{name}": name for name in ("rank_dropout", "module_dropout", "rank_dropout_scale")}
+_LOKR_ONLY = ("factor", "full_matrix", "decompose_both")
+
+
+def read_arguments(given: Mapping[str, Any], adapter_type: str) -> NetworkArguments:
+    """Typed arguments from text or values; adapter_type is "lora", "lokr" or "loha".
+
+    Raises SettingError for an unknown name, two spellings of one, a wrong type, or one without effect on the type.
+    """
+    options = {spelling: each for each in options_of(NetworkArguments) for spelling in (each.name, *each.aliases)}
+    options |= {spelling: options[name] for spelling, name in _PREFIXED.items()}
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        known = options.get(name)
+        if known is None:
+            near = difflib.get_close_matches(name, options, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(options)}"
+            raise SettingError(f"network_args: networks.{adapter_type}_anima has no argument {name!r}; {hint}")
+        if known.name in values:
+            raise SettingError(f"network_args: {known.name} is given twice, once as {name}")
+        values[known.name] = _converted(known, value)
+    arguments = NetworkArguments(**values)
+    _check(arguments, adapter_type, values)
+    return arguments
+
+
+def _converted(known: Option, value: Any) -> Any:
+    expected = typing.get_args(known.type)[0] if type(None) in typing.get_args(known.type) else known.type
+    if typing.get_origin(expected) is tuple:
+        return tuple(_items(value))
+    text = str(value).strip()
+    try:
+        if expected is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return expected(text)
+    except (ValueError, KeyError) as error:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[expected]
+        raise SettingError(f"network_args: {known.name} = {text!r} is not {wanted}") from error
+
+
+def _items(value: Any) -> list[str]:
+    """A list, the text of a Python list (with r'' strings, as Kohya's users write it), or a comma-separated string."""
+    if not isinstance(value, str):
+        return [str(item) for item in value]
+    text = value.strip()
+    if text.startswith("["):
+        try:
+            return [str(item) for item in ast.literal_eval(text)]
+        except (ValueError, SyntaxError) as error:
+            raise SettingError(f"network_args: {text!r} is not a list of strings") from error
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _check(arguments: NetworkArguments, adapter_type: str, given: Mapping[str, Any]) -> None:
+    for name in ("rank_dropout", "module_dropout"):
+        if not 0 <= getattr(arguments, name) < 1:
+            raise SettingError(f"network_args: {name} = {getattr(arguments, name)} is not a chance from 0 to below 1")
+    foreign = [name for name in _LOKR_ONLY if name in given and adapter_type != "lokr"]
+    if foreign:
+        raise SettingError(f"network_args: {', '.join(foreign)} belongs to networks.lokr_anima, not {adapter_type}")
+    if arguments.rank_dropout_scale and adapter_type == "lora":
+        raise SettingError("network_args: rank_dropout_scale belongs to LoKr and LoHa; LoRA always scales up")
+    if arguments.factor == 0 or arguments.factor < -1:
+        raise SettingError(f"network_args: factor = {arguments.factor}; give 1 or more, or -1 for the most balanced")
+    if arguments.loraplus_lr_ratio is not None and arguments.loraplus_lr_ratio <= 0:
+        raise SettingError(f"network_args: loraplus_lr_ratio = {arguments.loraplus_lr_ratio}; give a number above 0")
+
+
+def by_pattern(name: str, entries: tuple[str, ...], convert: type) -> dict[str, Any]:
+    """('mlp.layer1=8', …) -> {'mlp.layer1': 8}; SettingError for an entry of another form."""
+    values = {}
+    for entry in entries:
+        pattern, separator, text = entry.rpartition("=")
+        try:
+            values[pattern.strip()] = convert(text)
+        except ValueError:
+            separator = ""
+        if not separator or not pattern.strip():
+            raise SettingError(f"network_args: {name}: {entry!r} is not of the form pattern=number")
+    return values
