@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import ModelFileError, SettingError, first_ten
 from library.files import folder_written_atomically
 from library.training.run import RunState
+
+# What the readers of JSON, safetensors and torch files raise for missing, cut or foreign ones.
+_DAMAGED = (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,17 @@ def save_state(folder: Path, parts: Resumable, state: RunState) -> None:
 def load_state(folder: Path, parts: Resumable) -> RunState:
     """Puts weights, optimizer and schedule back and returns the run state.
 
-    Raises SettingError when the folder is no state, ModelFileError when it belongs to a network of other modules or
-    shapes.
+    Raises SettingError when the folder is no state or lacks what this run needs, ModelFileError when a file of it is
+    damaged, or belongs to a network of other modules or shapes.
     """
     if not (folder / "run_state.json").is_file():
         raise SettingError(f"resume: {folder} is not a state folder (it has no run_state.json)")
-    tensors = load_file(folder / "network.safetensors")
+    try:
+        state = RunState.load(folder / "run_state.json")
+        tensors = load_file(folder / "network.safetensors")
+        optimizer, schedule, scaler = (_load(folder / f"{name}.pt") for name in ("optimizer", "schedule", "scaler"))
+    except _DAMAGED as error:
+        raise ModelFileError(f"resume: the state in {folder} is damaged: {error}; give an earlier one") from error
     own = {name: tuple(tensor.shape) for name, tensor in parts.network.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if own != theirs:
@@ -57,11 +68,13 @@ def load_state(folder: Path, parts: Resumable) -> RunState:
             f"{first_ten(different)}. Use the network_dim, network_module and targets it was trained with."
         )
     parts.network.load_state_dict(tensors)
-    parts.optimizer.load_state_dict(_load(folder / "optimizer.pt"))
-    parts.schedule.load_state_dict(_load(folder / "schedule.pt"))
-    parts.scaler.load_state_dict(_load(folder / "scaler.pt"))
-    return RunState.load(folder / "run_state.json")
+    parts.optimizer.load_state_dict(optimizer)
+    parts.schedule.load_state_dict(schedule)
+    # Only fp16 runs have a loss scale: a run that begins to use fp16 starts with the scaler's own first guess.
+    if scaler:
+        parts.scaler.load_state_dict(scaler)
+    return state
 
 
-def _load(path: Path) -> dict:
+def _load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,5 +1,7 @@
 """States: what goes in comes out, and a folder is complete or absent."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +76,23 @@ def test_a_state_of_another_network_is_refused_by_name(tmp_path):
 def test_what_is_no_state_is_refused(tmp_path):
     with pytest.raises(SettingError, match="not a state folder"):
         load_state(tmp_path, make_parts())
+
+
+@pytest.mark.parametrize("name", ["run_state.json", "network.safetensors", "optimizer.pt", "schedule.pt", "scaler.pt"])
+@pytest.mark.parametrize("content", [b"", b"xx", b'{"steps": 3}', None])
+def test_a_damaged_state_is_refused_by_name(tmp_path, name, content):
+    save_state(tmp_path / "state", make_parts(), RunState())
+    if content is None:
+        (tmp_path / "state" / name).unlink()
+    else:
+        (tmp_path / "state" / name).write_bytes(content)
+    with pytest.raises((ModelFileError, SettingError), match=r"resume: .*state"):
+        load_state(tmp_path / "state", make_parts())
+
+
+def test_a_state_without_a_loss_scale_can_go_on_in_fp16(tmp_path):
+    parts = make_parts()
+    without_scale = replace(parts, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    save_state(tmp_path / "state", without_scale, RunState(step=2))
+    assert load_state(tmp_path / "state", parts).step == 2
+    assert parts.scaler.get_scale() == 8.0
