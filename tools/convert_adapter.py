@@ -1,0 +1,92 @@
+"""Converts an adapter file of any known spelling for ComfyUI, Kohya's scripts or diffusers; every change stays equal.
+
+    python tools/convert_adapter.py --input IN.safetensors --output OUT.safetensors --format comfy|kohya|diffusers
+
+LoRA, LoKr, LoHa, norms and text-encoder adapters go to comfy and kohya, LoRA on the transformer alone to diffusers.
+Alphas of PEFT's files are taken from the header or from adapter_config.json beside the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from library.anima_runtime.checkpoint import read_header
+from library.console import show, show_error
+from library.errors import ModelFileError, SettingError, UserError
+from networks.adapter_files import read_adapter_file, save_adapter_file
+from networks.adapter_types import NORM_VALUE, describe_adapters
+from networks.key_formats import FORMATS, resolve_norm_values
+
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 after an error was shown."""
+    arguments = _parse(argv)
+    try:
+        convert(arguments)
+    except UserError as error:
+        show_error(error)
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Convert an adapter file to another program's spelling.")
+    parser.add_argument("--input", type=Path, required=True, help="adapter file (.safetensors)")
+    parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors)")
+    parser.add_argument("--format", choices=FORMATS, required=True, help="whose spelling to write")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="number format; unset keeps each tensor's")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    parser.add_argument("--base_model", type=Path, help="transformer file; only for files with absolute norm values")
+    return parser.parse_args(argv)
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Reads, renames and writes. Raises UserError before anything is written."""
+    if arguments.output.exists() and not arguments.overwrite:
+        raise SettingError(f"--output: {arguments.output} exists; choose another name or add --overwrite")
+    parsed, metadata = read_adapter_file(arguments.input)
+    adapters = parsed.adapters
+    if any(NORM_VALUE in own for own in adapters.values()):
+        if arguments.base_model is None:
+            raise SettingError(
+                f"{arguments.input} holds absolute norm values; give the transformer they belong to with --base_model"
+            )
+        adapters = resolve_norm_values(adapters, _weight_reader(arguments.base_model))
+    # The hashes are of the input's bytes.
+    metadata = {key: value for key, value in metadata.items() if not _is_hash(key)}
+    dtype = PRECISIONS.get(arguments.precision)
+    save_adapter_file(arguments.output, adapters, arguments.format, dtype, metadata)
+    show(f"{arguments.output}: {describe_adapters(adapters)}; {parsed.format} -> {arguments.format}")
+
+
+def _is_hash(key: str) -> bool:
+    return key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+def _weight_reader(path: Path) -> Callable[[str], Tensor]:
+    """Reads single weights of a checkpoint, whatever prefix its names have."""
+    marker = "x_embedder.proj.1.weight"
+    prefix = next((name[: -len(marker)] for name in read_header(path) if name.endswith(marker)), None)
+    if prefix is None:
+        raise ModelFileError(f"--base_model: {path} has no {marker}; it is not an Anima transformer")
+
+    def read(module: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(f"{prefix}{module}.weight")
+
+    return read
+
+
+if __name__ == "__main__":
+    sys.exit(main())
