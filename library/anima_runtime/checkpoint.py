@@ -1,110 +1,28 @@
-"""Reading model files strictly: every tensor has its place and shape, or the file is refused with the names."""
+"""The Anima transformer's checkpoint: its sizes, told from its shapes, and its tensors under any known prefix."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.file_kinds import describe_tensors
-from library.anima_runtime.quantised import StoredTensor, apply_scale, fold_scales
+from library.anima_runtime.model_files import Rename, load_into, match_tensors, read_header
+from library.anima_runtime.quantised import fold_scales
 from library.anima_runtime.transformer import AnimaTransformer
-from library.errors import ModelFileError, first_ten
+from library.errors import ModelFileError
 
-Rename = Callable[[str], str | None]
-
-# A file's pages stay in memory while it is open, so it is opened again for every 32 MiB of tensors.
-_BYTES_PER_OPENING = 32 * 2**20
-
-_TRANSFORMER = "an Anima transformer"
+_WHAT = "an Anima transformer"
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "")
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Names, shapes and types of a safetensors file's tensors, without loading them.
-
-    Raises ModelFileError where the file is missing, truncated or not a safetensors file.
-    """
-    if not path.is_file():
-        raise ModelFileError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; a .safetensors file is needed.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: StoredTensor(name, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
-            }
-    except (SafetensorError, OSError) as error:
-        raise ModelFileError(f"{path} is not a whole .safetensors file: {error}") from error
-
-
-def match_tensors(path: Path, module: nn.Module, rename: Rename, what: str) -> dict[str, StoredTensor]:
-    """Finds the file's tensor for every name and shape of the module's state dict, from the file's header alone.
-
-    rename: the module's name for a name in the file, or None for a tensor that is to be left out.
-    what: what the file was given as, for the message: "an Anima transformer".
-    Raises ModelFileError listing missing, unknown and mis-shaped tensors, and what the file looks like.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    header = read_header(path)
-    matched: dict[str, StoredTensor] = {}
-    unknown = []
-    for name, tensor in fold_scales(path, header).items():
-        target = rename(name)
-        if target in expected and target not in matched:
-            matched[target] = tensor
-        elif target is not None:
-            unknown.append(name)
-    missing = [name for name in expected if name not in matched]
-    misshaped = [
-        f"{tensor.name} {list(tensor.shape)} instead of {list(expected[name])}"
-        for name, tensor in matched.items()
-        if tensor.shape != expected[name]
-    ]
-    misfits = list_misfits(missing, unknown, misshaped)
-    if misfits:
-        raise ModelFileError(f"{path} was given as {what}, and looks like {describe_tensors(header)}.{misfits}")
-    return matched
-
-
-def list_misfits(missing: Sequence[str], unknown: Sequence[str], misshaped: Sequence[str]) -> str:
-    """What of a file does not fit, each kind on a line of its own; "" where all does."""
-    kinds = {"missing tensors": missing, "unknown tensors": unknown, "tensors of another shape": misshaped}
-    return "".join(f"\n  {len(names)} {kind}: {first_ten(names)}" for kind, names in kinds.items() if names)
-
-
-def load_into(
-    module: nn.Module, path: Path, rename: Rename, dtype: torch.dtype, device: torch.device | str, what: str
-) -> None:
-    """Fills a module built on the meta device from a safetensors file, strictly, tensor by tensor.
-
-    Afterwards the module's parameters and persistent buffers lie on `device` in `dtype`, none requires a gradient, and
-    the module is in eval mode. Buffers that are not in its state dict are left as they are. 8-bit weights are decoded.
-    rename, what: see match_tensors, whose errors this raises before anything is loaded.
-    """
-    matched = match_tensors(path, module, rename, what)
-    state = dict(_read_tensors(path, matched, dtype, torch.device(device)))
-    module.load_state_dict(state, assign=True)
-    module.requires_grad_(False).eval()
 
 
 def check_transformer_file(path: Path) -> AnimaConfig:
     """Tells the model's sizes from the file's header; raises ModelFileError where load_transformer would."""
-    header = read_header(path)
-    rename = _transformer_rename(header)
-    shapes = {rename(name) or name: tensor.shape for name, tensor in fold_scales(path, header).items()}
-    try:
-        config = AnimaConfig.from_shapes(shapes)
-    except ModelFileError as error:
-        kind = describe_tensors(header)
-        raise ModelFileError(f"{path} was given as {_TRANSFORMER}, and looks like {kind}. {error}") from error
-    with torch.device("meta"):
-        transformer = AnimaTransformer(config)
-    match_tensors(path, transformer, rename, _TRANSFORMER)
-    return config
+    transformer, rename = _plan_transformer(path)
+    match_tensors(path, transformer, rename, _WHAT)
+    return transformer.config
 
 
 def load_transformer(path: Path, dtype: torch.dtype, device: torch.device | str) -> AnimaTransformer:
@@ -113,13 +31,26 @@ def load_transformer(path: Path, dtype: torch.dtype, device: torch.device | str)
     Host memory peaks at little more than the weights in `dtype` (on a GPU: at little more than nothing).
     Raises ModelFileError; see match_tensors.
     """
-    with torch.device("meta"):
-        transformer = AnimaTransformer(check_transformer_file(path))
-    load_into(transformer, path, _transformer_rename(read_header(path)), dtype, device, _TRANSFORMER)
+    transformer, rename = _plan_transformer(path)
+    load_into(transformer, path, rename, dtype, device, _WHAT)
     return transformer
 
 
-def _transformer_rename(names: Collection[str]) -> Rename:
+def _plan_transformer(path: Path) -> tuple[AnimaTransformer, Rename]:
+    """The transformer of the file's sizes, on the meta device, and how the file's names become its own."""
+    header = read_header(path)
+    rename = _strip_prefix(header)
+    shapes = {rename(name) or name: tensor.shape for name, tensor in fold_scales(path, header).items()}
+    try:
+        config = AnimaConfig.from_shapes(shapes)
+    except ModelFileError as error:
+        kind = describe_tensors(header)
+        raise ModelFileError(f"{path} was given as {_WHAT}, and looks like {kind}. {error}") from error
+    with torch.device("meta"):
+        return AnimaTransformer(config), rename
+
+
+def _strip_prefix(names: Collection[str]) -> Rename:
     """Strips the prefix that the file's names have, and leaves out the position buffers, which are computed."""
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}x_embedder.proj.1.weight" in names), "")
 
@@ -128,20 +59,3 @@ def _transformer_rename(names: Collection[str]) -> Rename:
         return None if bare.startswith("pos_embedder.") else bare
 
     return rename
-
-
-def _read_tensors(
-    path: Path, tensors: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
-    waiting = list(tensors.items())[::-1]
-    while waiting:
-        read = 0
-        with safe_open(path, framework="pt") as file:
-            while waiting and read < _BYTES_PER_OPENING:
-                name, stored = waiting.pop()
-                values = file.get_tensor(stored.name)
-                read += values.nbytes
-                if stored.scale is not None:
-                    values = apply_scale(values, file.get_tensor(stored.scale))
-                # A copy even where nothing changes: the tensor read is a view of the open file.
-                yield name, torch.empty(values.shape, dtype=dtype, device=device).copy_(values)

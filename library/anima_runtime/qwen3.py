@@ -11,8 +11,8 @@ import torch
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from library.anima_runtime.checkpoint import list_misfits, load_into, match_tensors, read_header
 from library.anima_runtime.file_kinds import describe_tensors
+from library.anima_runtime.model_files import list_misfits, load_into, match_tensors, read_header
 from library.errors import ModelFileError
 
 _WHAT = "the Qwen3 text encoder"

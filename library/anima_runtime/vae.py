@@ -14,8 +14,8 @@ from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCaus
 from torch import nn
 from torch.nn.functional import conv2d
 
-from library.anima_runtime.checkpoint import Rename, load_into, match_tensors, read_header
 from library.anima_runtime.file_kinds import describe_tensors
+from library.anima_runtime.model_files import Rename, load_into, match_tensors, read_header
 from library.errors import ModelFileError
 
 _WHAT = "a Qwen-Image VAE"

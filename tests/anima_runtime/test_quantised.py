@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from library.anima_runtime.checkpoint import load_into
+from library.anima_runtime.model_files import load_into
 from library.errors import ModelFileError
 
 
