@@ -46,8 +46,8 @@ def fold_scales(path: Path, header: Mapping[str, StoredTensor]) -> dict[str, Sto
         if tensor.dtype not in _FLOAT_TYPES and not name.endswith(_FORMAT):
             raise _refusal(path, header, f"{name} ({tensor.dtype})")
     _check_formats(path, header)
-    scale_of = {_weight_name(name): name for name in header if name.endswith(_SCALES)}
-    scale_of = {weight: scale for weight, scale in scale_of.items() if weight in header}
+    scales = [name for name in header if name.endswith(_SCALES) and _weight_name(name) in header]
+    scale_of = {_weight_name(scale): scale for scale in scales}
     for weight, scale in scale_of.items():
         if header[scale].shape not in _scale_shapes(header[weight].shape):
             raise _refusal(path, header, f"{scale} of shape {list(header[scale].shape)}")

@@ -45,6 +45,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class _Found:
+    """A picture file that was not opened yet."""
+
     key: str
     path: Path
     dataset: int
@@ -90,8 +92,8 @@ def _find(datasets: Sequence[DatasetSettings]) -> list[_Found]:
                 raise DataError(
                     f"no pictures directly in image_dir {subset.image_dir} (looked for {', '.join(PICTURE_ENDINGS)})"
                 )
-            keys = (f"{dataset_index}/{subset_index}/{path.name}" for path in paths)
-            found += [_Found(key, path, dataset_index, subset) for key, path in zip(keys, paths, strict=True)]
+            place = f"{dataset_index}/{subset_index}"
+            found += [_Found(f"{place}/{path.name}", path, dataset_index, subset) for path in paths]
     if not found:
         raise DataError("there are no datasets with subsets: give train_data_dir or dataset_config")
     return found
