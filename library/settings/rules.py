@@ -12,7 +12,7 @@ from library.data.buckets import SIDE_UNIT
 from library.errors import SettingError
 from library.settings.groups import Settings, settings_as_flat_dict, top_level_options
 from library.settings.root_style_keys import DEFAULT_SOURCE
-from library.training.optimizers import optimizer_arguments
+from library.training.optimizers import check_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "lr_scheduler_power": (0, None),
     "lr_scheduler_min_lr_ratio": (0, 1),
     "max_train_steps": (1, None),
+    "seed": (0, 2**32 - 1),
     "max_train_epochs": (1, None),
     "gradient_accumulation_steps": (1, None),
     "save_every_n_epochs": (1, None),
@@ -124,7 +125,7 @@ def buckets(settings: Settings) -> Iterator[str]:
 def optimizer(settings: Settings) -> Iterator[str]:
     """The optimizer exists and takes its arguments."""
     try:
-        optimizer_arguments(settings.optimizer)
+        check_optimizer(settings.optimizer)
     except SettingError as error:
         yield str(error)
 

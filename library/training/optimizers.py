@@ -97,8 +97,20 @@ def _typed(text: str) -> Any:
 def make_optimizer(
     settings: OptimizerSettings, parameter_groups: list[dict[str, Any]], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer over an adapter network's parameter groups; AdamW runs fused on CUDA unless told otherwise."""
+    """The optimizer over an adapter network's parameter groups; AdamW runs fused on CUDA unless told otherwise.
+
+    Raises SettingError where the optimizer cannot use the value of an argument.
+    """
     cls, arguments = optimizer_class(settings), optimizer_arguments(settings)
     if cls is torch.optim.AdamW and device.type == "cuda" and not {"fused", "foreach"} & arguments.keys():
         arguments["fused"] = True
-    return cls(parameter_groups, lr=settings.learning_rate, **arguments)
+    try:
+        return cls(parameter_groups, lr=settings.learning_rate, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(settings.optimizer_args)
+        raise SettingError(f"optimizer_args: {settings.optimizer_type} cannot use {given}: {error}") from error
+
+
+def check_optimizer(settings: OptimizerSettings) -> None:
+    """Raises what make_optimizer would, by making one for a single number."""
+    make_optimizer(settings, [{"params": [torch.nn.Parameter(torch.zeros(1))]}], torch.device("cpu"))

@@ -68,7 +68,7 @@ def _specific_arguments(name: str, settings: ScheduleSettings) -> dict[str, Any]
     if name == "cosine_with_min_lr":
         return {"num_cycles": waves, "min_lr_rate": settings.lr_scheduler_min_lr_ratio}
     if name == "cosine_with_restarts":
-        return {"num_cycles": 1 if cycles is None else int(cycles)}
+        return {"num_cycles": 1 if cycles is None else cycles}
     if name == "polynomial":
         return {"power": settings.lr_scheduler_power}
     return {}

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from library.errors import SettingError
-from library.training.optimizers import OptimizerSettings, make_optimizer, optimizer_arguments, split_arguments
+from library.training.optimizers import (
+    OptimizerSettings,
+    check_optimizer,
+    make_optimizer,
+    optimizer_arguments,
+    split_arguments,
+)
 
 CPU = torch.device("cpu")
 
@@ -40,6 +46,12 @@ def test_what_cannot_be_used_is_named(settings, message):
     with pytest.raises(SettingError) as error:
         optimizer_arguments(settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("argument", ["weight_decay=a lot", "betas=0.9", "eps=-1", "fused=yes"])
+def test_values_an_optimizer_cannot_use_are_told_with_the_argument(argument):
+    with pytest.raises(SettingError, match=f"optimizer_args: AdamW cannot use {argument}"):
+        check_optimizer(OptimizerSettings(optimizer_args=(argument, "foreach=true")))
 
 
 def test_a_missing_package_is_named_with_its_install_command(monkeypatch):

@@ -52,6 +52,12 @@ def test_restarts_count_whole_falls():
     assert seen[-1] == 0.0
 
 
+def test_restarts_may_end_within_a_fall():
+    seen = rates(lr_scheduler="cosine_with_restarts", lr_scheduler_num_cycles=2.5)
+    expected = [1 + math.cos(math.pi * (2.5 * k / STEPS % 1)) for k in range(STEPS)]
+    assert seen[:-1] == pytest.approx(expected)
+
+
 def test_polynomial_obeys_the_power():
     """transformers' polynomial ends at 1e-7."""
     expected = [(2 - 1e-7) * (1 - k / STEPS) ** 3 + 1e-7 for k in range(STEPS + 1)]
