@@ -116,6 +116,6 @@ def test_missing_and_empty_folders(tmp_path, draw):
 
 
 def test_bucket_settings_are_checked_before_folders_are_read(tmp_path):
-    wrong = replace(dataset(tmp_path / "gone"), enable_bucket=True, bucket_reso_steps=24)
-    with pytest.raises(SettingError, match="bucket_reso_steps"):
+    wrong = replace(dataset(tmp_path / "gone"), enable_bucket=True, min_bucket_reso=256)
+    with pytest.raises(SettingError, match="min_bucket_reso"):
         scan(wrong)
