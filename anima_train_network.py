@@ -128,16 +128,23 @@ class AnimaNetworkTrainer(NetworkTrainer):
         if self.settings.data.cache_latents:
             self.vae.to("cpu")
 
+    def model_files(self) -> Mapping[str, Path]:
+        return {"sd_model": self.settings.model.pretrained_model_name_or_path, "vae": self.settings.model.vae}
+
     def model_facts(self) -> Mapping[str, Any]:
-        model, objective = self.settings.model, self.settings.objective
+        objective = self.settings.objective
         return {
-            "base_model_version": "anima",
-            "sd_model_name": model.pretrained_model_name_or_path.name,
-            "vae_name": model.vae.name,
-            "anima_depth": self.config.depth,
-            "timestep_sampling": objective.anima_timestep_sampling,
-            "sigmoid_scale": objective.anima_sigmoid_scale,
-            "discrete_flow_shift": objective.anima_flow_shift,
+            "ss_base_model_version": "anima",
+            "ss_anima_depth": self.config.depth,
+            "ss_gradient_checkpointing": self.transformer.gradient_checkpointing,
+            "ss_timestep_sampling": objective.anima_timestep_sampling,
+            "ss_sigmoid_scale": objective.anima_sigmoid_scale,
+            "ss_discrete_flow_shift": objective.anima_flow_shift,
+            # Adapters of every type are ".../lora" to readers of this key; ss_network_module tells the type.
+            "modelspec.architecture": "anima/lora",
+            "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",
+            # The specification lists epsilon and v, which are of another kind: this model predicts ε - x_0.
+            "modelspec.prediction_type": "rectified_flow",
         }
 
 

@@ -23,14 +23,17 @@ from library.data.dataset import Batch, TrainingBatches
 from library.data.epochs import bucket_table, steps_per_epoch
 from library.data.latents import cache_latents
 from library.data.pictures import scan_datasets
-from library.data.summary import describe_datasets, tag_frequency
+from library.data.summary import describe_data
 from library.errors import SettingError, UserError
+from library.files import write_atomically
+from library.options import split_arguments
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
 from library.training.interrupts import Interrupted, stop_requests
-from library.training.metadata import RunFacts, adapter_metadata
+from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
-from library.training.optimizers import make_optimizer, optimizer_arguments, split_arguments
+from library.training.model_hashes import fill_hashes, start_hashing
+from library.training.optimizers import make_optimizer
 from library.training.run import DTYPES, RunState, planned_steps
 from library.training.saving import SAVE_DTYPES, epoch_name, is_due, step_name
 from library.training.schedules import make_schedule
@@ -77,8 +80,12 @@ class NetworkTrainer:
         """Renders the sample prompts into `folder`; `tag` (e000002 or 000100) goes into the names."""
         raise NotImplementedError
 
+    def model_files(self) -> Mapping[str, Path]:
+        """The files that an adapter's metadata names and hashes, by Kohya's names: sd_model and vae."""
+        raise NotImplementedError
+
     def model_facts(self) -> Mapping[str, Any]:
-        """What an adapter's metadata says of the model and its objective, by names without "ss_"."""
+        """What else an adapter's metadata says of the model and its objective, by its keys."""
         raise NotImplementedError
 
     # --- the run ---
@@ -96,7 +103,6 @@ class NetworkTrainer:
         # What can be known to be wrong is found before a model is loaded: settings, model files, pictures.
         network_module = import_network_module(settings.network.network_module)
         network_arguments = self.network_arguments()
-        optimizer_arguments(settings.optimizer)
         self.check_model_files()
         pictures = scan_datasets(settings.datasets, settings.data.skip_broken_images, show_progress=is_main)
         batch_sizes = [dataset.batch_size for dataset in settings.datasets]
@@ -130,14 +136,15 @@ class NetworkTrainer:
             logger.info("resumed from %s at step %d of %d", run.resume, self.state.step, total_steps)
         self.facts = RunFacts(
             model=self.model_facts(),
-            num_train_images=sum(picture.repeats for picture in pictures),
+            model_files=self.model_files(),
+            file_hashes=start_hashing(self.model_files()) if is_main else {},
+            data=describe_data(settings.datasets, pictures),
+            network_args=network_arguments,
             num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
             num_epochs=-(-total_steps // epoch_steps),
             max_train_steps=total_steps,
+            num_processes=processes,
             started_at=started_at,
-            network_args=network_arguments,
-            datasets=describe_datasets(settings.datasets, pictures),
-            tag_frequency=tag_frequency(pictures),
         )
         tracker = Tracker(settings.logging, saving.output_name, is_main)
         if tracker.folder is not None:
@@ -259,18 +266,24 @@ class NetworkTrainer:
             return
         saving = self.settings.saving
         path = saving.output_dir / f"{name}.safetensors"
-        metadata = None
-        if not saving.no_metadata:
-            epoch = self.state.epoch + (self.state.step_in_epoch > 0)
-            metadata = adapter_metadata(
-                settings_as_flat_dict(self.settings), self.facts, self.state.step, epoch, time.time()
-            )
-        self.network.save_weights(path, SAVE_DTYPES[saving.save_precision], metadata)
+        metadata = None if saving.no_metadata else self.metadata()
+
+        def write(file: Path) -> None:
+            self.network.save_weights(file, SAVE_DTYPES[saving.save_precision], metadata)
+            fill_hashes(file)
+
+        write_atomically(path, write)
         logger.info("saved %s", path.resolve())
         if with_state:
             folder = saving.output_dir / f"{name}-state"
             save_state(folder, self.parts, self.state)
             logger.info("saved %s", folder.resolve())
+
+    def metadata(self) -> dict[str, str]:
+        """What the adapter, as it now is, says about its making."""
+        settings = settings_as_flat_dict(self.settings, shareable_path)
+        epoch = self.state.epoch + (self.state.step_in_epoch > 0)
+        return adapter_metadata(settings, self.facts, self.state.step, epoch, time.time())
 
     def save_interrupted(self) -> None:
         """Saves what an ending run has reached, with a state to resume from."""

@@ -12,10 +12,11 @@ from pathlib import Path
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path`, flushes it to disk, then renames it into place.
 
-    An interrupted or failed write leaves whatever was at `path` untouched.
+    The temporary path has the same ending, which tells some writers the format. An interrupted or failed write leaves
+    whatever was at `path` untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # a writer may make a new file that only its owner can read

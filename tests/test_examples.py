@@ -69,7 +69,7 @@ def test_the_two_file_example(overlay, tiny_anima, tmp_path):
     assert main([*words, *overlay]) == 0
     written = metadata(tmp_path / "output" / "my_anima_lora.safetensors")
     assert written["ss_num_train_images"] == "44"  # 4 pictures 10 times, 4 once
-    assert written["ss_optimizer_args"] == "['weight_decay=0.01', 'betas=(0.9, 0.99)']"
+    assert written["ss_optimizer"] == "AdamW(weight_decay=0.01,betas=(0.9, 0.99))"
     assert (tmp_path / "output" / "my_anima_lora-state" / "run_state.json").is_file()
 
 

@@ -1,45 +1,134 @@
-"""What the pictures of a run are, for an adapter's metadata."""
+"""What the pictures of a run are, for an adapter's metadata, in the shapes that readers of Kohya's files know."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from library.data.pictures import Picture
-from library.data.settings import DatasetSettings
+from library.data.settings import DatasetSettings, SubsetSettings
+from library.options import options_of
+
+# A safetensors header over 100 MB cannot be read back, and whole captions do not belong into a shared file: the most
+# frequent tags are kept, and of natural-language captions only parts as short as a tag.
+_MOST_TAGS = 10_000
+_LONGEST_TAG = 200
+
+_SHARED_BY_DATASETS = (
+    "batch_size_per_device",
+    "enable_bucket",
+    "bucket_no_upscale",
+    "min_bucket_reso",
+    "max_bucket_reso",
+)
+_SHARED_BY_SUBSETS = ("flip_aug", "shuffle_caption", "keep_tokens", "caption_dropout_rate", "caption_tag_dropout_rate")
 
 
-def describe_datasets(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -> list[dict[str, Any]]:
-    """JSON-ready: each dataset's resolution, batch size, buckets, and its subsets with their picture counts."""
-    described = []
-    for index, dataset in enumerate(datasets):
-        own = [picture for picture in pictures if picture.dataset == index]
-        buckets = Counter(f"{picture.bucket[0]}x{picture.bucket[1]}" for picture in own for _ in range(picture.repeats))
-        described.append(
-            {
-                "resolution": list(dataset.resolution),
-                "batch_size_per_device": dataset.batch_size,
-                "enable_bucket": dataset.enable_bucket,
-                "num_train_images": sum(picture.repeats for picture in own),
-                "bucket_info": dict(sorted(buckets.items())),
-                "subsets": [
-                    {
-                        "image_dir": subset.image_dir.name,
-                        "img_count": sum(picture.subset is subset for picture in own),
-                        "num_repeats": subset.num_repeats,
-                    }
-                    for subset in dataset.subsets
-                ],
-            }
-        )
-    return described
+@dataclass(frozen=True)
+class _Folder:
+    """A subset under a name of its own: "10_cat", then "10_cat (2)" for another folder, or dataset, of that name."""
+
+    name: str
+    subset: SubsetSettings
+    pictures: Sequence[Picture]
 
 
-def tag_frequency(pictures: Sequence[Picture]) -> dict[str, dict[str, int]]:
-    """{picture folder: {tag: pictures that have it}}, most frequent first."""
-    counts: dict[str, Counter[str]] = {}
+def describe_data(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -> dict[str, Any]:
+    """JSON-ready values of Kohya's metadata keys without their "ss_"; of paths only the last name.
+
+    resolution: (width, height) of the dataset with the largest area. Settings that all datasets or subsets share stand
+    beside it; `datasets` tells each one's own.
+    """
+    folders = _folders(datasets, pictures)
+    every = [folder for own in folders for folder in own]
+    return {
+        "num_train_images": sum(picture.repeats for picture in pictures),
+        "resolution": max((dataset.resolution for dataset in datasets), key=lambda size: size[0] * size[1]),
+        "datasets": [_describe_dataset(dataset, own) for dataset, own in zip(datasets, folders, strict=True)],
+        "dataset_dirs": {
+            folder.name: {"n_repeats": folder.subset.num_repeats, "img_count": len(folder.pictures)} for folder in every
+        },
+        "tag_frequency": _tag_frequency(every),
+        "bucket_info": _bucket_info(pictures),
+        **_shared([_dataset_values(dataset) for dataset in datasets], _SHARED_BY_DATASETS),
+        **_shared([_subset_values(folder.subset) for folder in every], _SHARED_BY_SUBSETS),
+    }
+
+
+def _folders(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -> list[list[_Folder]]:
+    """The folders of each dataset, with their pictures."""
+    of_subset: dict[tuple[int, int], list[Picture]] = defaultdict(list)
     for picture in pictures:
-        tags = {tag.strip() for tag in picture.caption.split(picture.subset.caption_separator)}
-        counts.setdefault(picture.path.parent.name, Counter()).update(sorted(tags - {""}))
-    return {folder: dict(counter.most_common()) for folder, counter in counts.items()}
+        of_subset[picture.dataset, id(picture.subset)].append(picture)
+    seen: Counter[str] = Counter()
+
+    def folder(dataset: int, subset: SubsetSettings) -> _Folder:
+        name = subset.image_dir.name
+        seen[name] += 1
+        unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
+        return _Folder(unique, subset, of_subset[dataset, id(subset)])
+
+    return [[folder(index, subset) for subset in dataset.subsets] for index, dataset in enumerate(datasets)]
+
+
+def _describe_dataset(dataset: DatasetSettings, folders: Sequence[_Folder]) -> dict[str, Any]:
+    pictures = [picture for folder in folders for picture in folder.pictures]
+    return {
+        **_dataset_values(dataset),
+        "num_train_images": sum(picture.repeats for picture in pictures),
+        "tag_frequency": _tag_frequency(folders),
+        "bucket_info": _bucket_info(pictures),
+        "subsets": [{**_subset_values(folder.subset), "img_count": len(folder.pictures)} for folder in folders],
+    }
+
+
+def _dataset_values(dataset: DatasetSettings) -> dict[str, Any]:
+    values = {option.name: getattr(dataset, option.name) for option in options_of(DatasetSettings)}
+    values["batch_size_per_device"] = values.pop("batch_size")
+    return values
+
+
+def _subset_values(subset: SubsetSettings) -> dict[str, Any]:
+    values = {option.name: getattr(subset, option.name) for option in options_of(SubsetSettings)}
+    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _tag_frequency(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
+    """{folder: {tag: pictures that have it}}, most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for folder in folders:
+        for picture in folder.pictures:
+            tags = {tag.strip() for tag in picture.caption.split(folder.subset.caption_separator)}
+            counts.update((folder.name, tag) for tag in sorted(tags) if 0 < len(tag) <= _LONGEST_TAG)
+    frequency: dict[str, dict[str, int]] = defaultdict(dict)
+    for (name, tag), count in counts.most_common(_MOST_TAGS):
+        frequency[name][tag] = count
+    return frequency
+
+
+def _bucket_info(pictures: Sequence[Picture]) -> dict[str, Any]:
+    """Bucket sizes with the pictures an epoch shows of each, and how far pictures are from their buckets' shapes."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for picture in pictures:
+        counts[picture.bucket] += picture.repeats
+    errors = [abs(_aspect(picture.size) - _aspect(picture.bucket)) for picture in pictures]
+    return {
+        "buckets": {
+            str(index): {"resolution": bucket, "count": count}
+            for index, (bucket, count) in enumerate(sorted(counts.items()))
+        },
+        "mean_img_ar_error": sum(errors) / len(errors) if errors else 0.0,
+    }
+
+
+def _aspect(size: tuple[int, int]) -> float:
+    return size[0] / size[1]
+
+
+def _shared(described: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, Any]:
+    """The named values that all of them have."""
+    values = {name: {each[name] for each in described} for name in names}
+    return {name: value.pop() for name, value in values.items() if len(value) == 1}

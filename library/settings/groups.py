@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,24 +83,27 @@ def by_spelling(options: Mapping[str, Option]) -> dict[str, Option]:
     return {spelling: option for option in options.values() for spelling in (option.name, *option.aliases)}
 
 
-def settings_as_flat_dict(settings: Settings) -> dict[str, Any]:
-    """Every resolved value by option name, as JSON can hold it; `datasets` is a list of such dicts with `subsets`."""
+def settings_as_flat_dict(settings: Settings, path_text: Callable[[Path], str] = str) -> dict[str, Any]:
+    """Every resolved value by option name, as JSON can hold it; `datasets` is a list of such dicts with `subsets`.
+
+    path_text: how a path is written.
+    """
     flat = {
-        option.name: _as_json(getattr(getattr(settings, field), option.name))
+        option.name: _as_json(getattr(getattr(settings, field), option.name), path_text)
         for field, group in run_groups().items()
         for option in options_of(group)
     }
-    flat["datasets"] = [_as_json(dataclasses.asdict(dataset)) for dataset in settings.datasets]
+    flat["datasets"] = [_as_json(dataclasses.asdict(dataset), path_text) for dataset in settings.datasets]
     return flat
 
 
-def _as_json(value: Any) -> Any:
+def _as_json(value: Any, path_text: Callable[[Path], str]) -> Any:
     if isinstance(value, Path):
-        return str(value)
+        return path_text(value)
     if isinstance(value, tuple | list):
-        return [_as_json(item) for item in value]
+        return [_as_json(item, path_text) for item in value]
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: _as_json(item, path_text) for key, item in value.items()}
     return value
 
 

@@ -221,7 +221,8 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.saving.save_state:
         yield "save_state_on_train_end", "save_state includes the end"
     if settings.saving.no_metadata:
-        yield "training_comment", "no_metadata leaves it out"
+        for name in ("training_comment", *(name for name in vars(settings.saving) if name.startswith("metadata_"))):
+            yield name, "no_metadata leaves it out"
     if not any(dataset.enable_bucket for dataset in settings.datasets):
         for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
             yield name, "enable_bucket is off"

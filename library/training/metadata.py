@@ -1,70 +1,141 @@
-"""What an adapter file says about how it was made: Kohya's ss_* keys, all strings."""
+"""What an adapter file says about how it was made.
+
+ss_*: Kohya's keys. modelspec.*: sai_model_spec 1.0.1. sshs_*: hashes of the tensors. All values are strings.
+Adapter files are shared, so nothing here holds a folder of the machine: of absolute paths the last name stays.
+"""
 
 from __future__ import annotations
 
 import json
+import secrets
+import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
-# ss_<name> holds the setting of the same name unless a second name is given.
-_FROM_SETTINGS = {
-    "network_module": "network_module",
-    "network_dim": "network_dim",
-    "network_alpha": "network_alpha",
-    "network_dropout": "network_dropout",
-    "learning_rate": "learning_rate",
-    "optimizer": "optimizer_type",
-    "optimizer_args": "optimizer_args",
-    "lr_scheduler": "lr_scheduler",
-    "lr_warmup_steps": "lr_warmup_steps",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "max_grad_norm": "max_grad_norm",
-    "mixed_precision": "mixed_precision",
-    "cache_latents": "cache_latents",
-    "seed": "seed",
-    "output_name": "output_name",
-    "training_comment": "training_comment",
-}
+from library.training.model_hashes import BLANK_HASHES
+
+# Each holds the setting of its own name.
+_FROM_SETTINGS = (
+    "network_module",
+    "network_dim",
+    "network_alpha",
+    "network_dropout",
+    "learning_rate",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "max_grad_norm",
+    "mixed_precision",
+    "cache_latents",
+    "seed",
+    "output_name",
+    "training_comment",
+)
+
+_MODELSPEC_TEXTS = ("author", "description", "license", "tags", "trigger_phrase", "usage_hint")
+
+
+def _new_session_id() -> int:
+    """Not from the run's seed: it tells apart runs of the same seed."""
+    return secrets.randbelow(2**32)
+
+
+def _checked_out_commit() -> str:
+    """The commit of this program, or "(unknown)"."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "(unknown)"
+    return git.stdout.strip()
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run beside its settings. Times are seconds since 1970; datasets is JSON-ready.
+    """What is known of a run beside its settings.
 
-    model: what the metadata says of the model and its objective, by names without "ss_".
+    model: what the metadata says of the model and its objective, by whole keys.
+    model_files: the model's files by Kohya's names, sd_model and vae. file_hashes: see `start_hashing`; may still grow.
+    data: see `describe_data`. started_at: seconds since 1970.
     """
 
     model: Mapping[str, Any]
-    num_train_images: int
+    model_files: Mapping[str, Path]
+    file_hashes: Mapping[str, str]
+    data: Mapping[str, Any]
+    network_args: Mapping[str, str]
     num_batches_per_epoch: int
     num_epochs: int
     max_train_steps: int
+    num_processes: int
     started_at: float
-    network_args: Mapping[str, str]
-    datasets: list[dict[str, Any]]
-    tag_frequency: Mapping[str, Mapping[str, int]]
+    session_id: int = field(default_factory=_new_session_id)
+    commit_hash: str = field(default_factory=_checked_out_commit)
 
 
 def adapter_metadata(
     settings: Mapping[str, Any], facts: RunFacts, step: int, epoch: int, finished_at: float
 ) -> dict[str, str]:
-    """Metadata of an adapter saved after `step` optimizer steps, in or after `epoch` (counted from 1)."""
-    values: dict[str, Any] = {name: settings[setting] for name, setting in _FROM_SETTINGS.items()}
-    values |= {
-        **facts.model,
-        "num_train_images": facts.num_train_images,
+    """Metadata of an adapter saved after `step` optimizer steps, in or after `epoch` (counted from 1).
+
+    settings: every resolved setting by name, JSON-ready and with shareable paths; ss_anima_settings holds them all.
+    The hashes are blank until `fill_hashes`.
+    """
+    values = {
+        **{name: settings[name] for name in _FROM_SETTINGS},
+        **{f"{name}_name": path.name for name, path in facts.model_files.items()},
+        **facts.file_hashes,
+        **facts.data,
+        "optimizer": _call_text(settings["optimizer_type"], settings["optimizer_args"]),
+        "network_args": dict(facts.network_args),
         "num_batches_per_epoch": facts.num_batches_per_epoch,
         "num_epochs": facts.num_epochs,
         "max_train_steps": facts.max_train_steps,
         "steps": step,
         "epoch": epoch,
+        "session_id": facts.session_id,
+        "sd_scripts_commit_hash": facts.commit_hash,
         "training_started_at": facts.started_at,
         "training_finished_at": finished_at,
-        "network_args": json.dumps(dict(facts.network_args)),
-        "datasets": json.dumps(facts.datasets),
-        "tag_frequency": json.dumps(facts.tag_frequency),
-        "resolution": json.dumps([dataset["resolution"] for dataset in facts.datasets]),
+        "anima_settings": settings,
     }
-    return {f"ss_{name}": str(value) for name, value in values.items()}
+    if "batch_size_per_device" in facts.data:
+        batches = settings["gradient_accumulation_steps"] * facts.num_processes
+        values["total_batch_size"] = facts.data["batch_size_per_device"] * batches
+    return {
+        **{f"ss_{name}": _as_text(value) for name, value in values.items()},
+        **{key: _as_text(value) for key, value in facts.model.items()},
+        **_modelspec(settings, facts, finished_at),
+        **BLANK_HASHES,
+    }
+
+
+def _modelspec(settings: Mapping[str, Any], facts: RunFacts, finished_at: float) -> dict[str, str]:
+    width, height = facts.data["resolution"]
+    texts = {f"modelspec.{name}": settings[f"metadata_{name}"] for name in _MODELSPEC_TEXTS}
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": settings["metadata_title"] or settings["output_name"],
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.date": datetime.fromtimestamp(finished_at, timezone.utc).isoformat(timespec="seconds"),
+        **{key: text for key, text in texts.items() if text is not None},
+    }
+
+
+def shareable_path(path: Path) -> str:
+    """A path for a file that others will see: a relative one as it is, of an absolute one the last name."""
+    return path.name if path.anchor else path.as_posix()
+
+
+def _call_text(name: str, arguments: list[str]) -> str:
+    """AdamW, ["weight_decay=0.1", "eps=1e-8"] -> "AdamW(weight_decay=0.1,eps=1e-8)"."""
+    return f"{name}({','.join(arguments)})" if arguments else name
+
+
+def _as_text(value: Any) -> str:
+    """Dictionaries and lists as JSON, everything else as Python writes it: "True", "None", "(1024, 1024)"."""
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)

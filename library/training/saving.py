@@ -24,6 +24,13 @@ class SavingSettings:
     save_state: bool = option(False, "Write a state to resume from at every save, and at the end.")
     save_state_on_train_end: bool = option(False, "Write a state to resume from at the end.")
     training_comment: str | None = option(None, "A note kept in the adapter's metadata.")
+    metadata_title: str | None = option(None, "The adapter's title in its metadata. Unset: output_name.")
+    metadata_author: str | None = option(None, "Who made the adapter, for its metadata.")
+    metadata_description: str | None = option(None, "What the adapter does, for its metadata.")
+    metadata_license: str | None = option(None, "The adapter's licence, for its metadata.")
+    metadata_tags: str | None = option(None, "Tags to find the adapter by, separated by commas, for its metadata.")
+    metadata_trigger_phrase: str | None = option(None, "Words that bring out what was learnt, for the metadata.")
+    metadata_usage_hint: str | None = option(None, "How to use the adapter, for its metadata.")
     no_metadata: bool = option(False, "Leave the metadata out of the adapter file.")
 
 
