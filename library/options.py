@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from library.errors import SettingError
+
 _KEY = "option"
 
 
@@ -65,3 +67,14 @@ def options_of(group: type) -> tuple[Option, ...]:
         for field in dataclasses.fields(group)
         if _KEY in field.metadata
     )
+
+
+def split_arguments(setting: str, entries: Sequence[str]) -> dict[str, str]:
+    """('dim=4', 'name=x') -> {'dim': '4', 'name': 'x'}; SettingError for an entry without '='."""
+    arguments = {}
+    for entry in entries:
+        name, separator, text = entry.partition("=")
+        if not separator or not name.strip():
+            raise SettingError(f"{setting}: {entry!r} is not of the form key=value")
+        arguments[name.strip()] = text.strip()
+    return arguments

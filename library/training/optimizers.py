@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from library.errors import SettingError
-from library.options import option
+from library.options import option, split_arguments
 
 
 @dataclass(frozen=True)
@@ -70,17 +69,6 @@ def optimizer_arguments(settings: OptimizerSettings) -> dict[str, Any]:
                 + ", ".join(key for key in known if key not in ("self", "params", "lr"))
                 + (" (the rate is learning_rate)" if name == "lr" else "")
             )
-    return arguments
-
-
-def split_arguments(setting: str, entries: Sequence[str]) -> dict[str, str]:
-    """('dim=4', 'name=x') -> {'dim': '4', 'name': 'x'}; SettingError for an entry without '='."""
-    arguments = {}
-    for entry in entries:
-        name, separator, text = entry.partition("=")
-        if not separator or not name.strip():
-            raise SettingError(f"{setting}: {entry!r} is not of the form key=value")
-        arguments[name.strip()] = text.strip()
     return arguments
 
 

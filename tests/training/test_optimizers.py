@@ -9,7 +9,6 @@ from library.training.optimizers import (
     check_optimizer,
     make_optimizer,
     optimizer_arguments,
-    split_arguments,
 )
 
 CPU = torch.device("cpu")
@@ -58,7 +57,3 @@ def test_a_missing_package_is_named_with_its_install_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes.optim", None)
     with pytest.raises(SettingError, match="pip install bitsandbytes"):
         optimizer_arguments(OptimizerSettings(optimizer_type="AdamW8bit"))
-
-
-def test_values_keep_further_equal_signs():
-    assert split_arguments("network_args", ["pattern=a=b", " x = 1 "]) == {"pattern": "a=b", "x": "1"}
