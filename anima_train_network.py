@@ -149,7 +149,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted (and saved)."""
+    """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted."""
     accelerator = Accelerator(mixed_precision="no")
     show_log_messages(accelerator.is_main_process)
     try:
@@ -158,6 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if accelerator.is_main_process:
             show_error(error)
         return 130 if isinstance(error, Interrupted) else 1
+    except KeyboardInterrupt:
+        logger.error("stopped at once, without saving")
+        return 130
     return 0
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,8 +94,8 @@ class NetworkTrainer:
     def train(self) -> None:
         """Everything from the checks to the saved adapter.
 
-        Raises UserError for what the user can put right. When a run is interrupted (Ctrl+C, SIGTERM) or runs out of
-        GPU memory, the adapter as it then is is saved first.
+        Raises UserError for what the user can put right. When a run is interrupted (Ctrl+C, SIGTERM) or fails, out of
+        GPU memory for one, the adapter as it then is is saved first.
         """
         settings, run, saving = self.settings, self.settings.run, self.settings.saving
         is_main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
@@ -134,6 +135,7 @@ class NetworkTrainer:
         if run.resume is not None:
             self.state = load_state(run.resume, self.parts)
             logger.info("resumed from %s at step %d of %d", run.resume, self.state.step, total_steps)
+            self.skip_finished_epoch(epoch_steps)
         self.facts = RunFacts(
             model=self.model_facts(),
             model_files=self.model_files(),
@@ -157,14 +159,14 @@ class NetworkTrainer:
         meter = Meter(self.state.step, self.device)
         bar = progress_bar(total_steps, "steps", self.state.step, "step", shown=is_main)
         self.network.train()
-        with stop_requests() as stop, bar:
-            while self.state.step < total_steps and not stop.requested:
+        stopping = False
+        with closing(tracker), stop_requests() as stop, self.saving_before_errors(), bar:
+            while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
                     torch.manual_seed(derive_seed(run.seed, "dropout", self.state.step, self.accelerator.process_index))
                     try:
                         meter.add(self.step(window.batches, window.sample_count))
                     except torch.OutOfMemoryError as error:
-                        self.save_interrupted()
                         raise UserError(out_of_memory_message(window.batches)) from error
                     epoch_ended = self.state.advance(epoch_steps)
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
@@ -186,14 +188,16 @@ class NetworkTrainer:
                         self.sample(f"{step:06d}")
                     if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
                         self.sample(f"e{epoch:06d}")
-                    if finished or stop.requested:
+                    stopping = self.on_any_process(stop.requested)
+                    if finished or stopping:
                         break
-        tracker.close()
-        logger.info("%s", meter.summary())
+            logger.info("%s", meter.summary())
+            if self.state.step < total_steps:
+                self.save_interrupted()
+            else:
+                self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
         if self.state.step < total_steps:
-            self.save_interrupted()
             raise Interrupted(f"stopped at step {self.state.step} of {total_steps}; the adapter and a state are saved")
-        self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
 
     def step(self, batches: list[Batch], sample_count: int) -> Tensor:
         """One optimizer step over a window of batches: the mean loss over all its samples, on every GPU.
@@ -224,6 +228,14 @@ class NetworkTrainer:
         torch.distributed.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
+
+    def on_any_process(self, flag: bool) -> bool:
+        """Whether `flag` is set on any process: all must leave the loop after the same step, or one waits forever."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(flags)
+        return flags.item() > 0
 
     # --- the adapter ---
 
@@ -258,6 +270,16 @@ class NetworkTrainer:
         )  # fmt: skip
         return network
 
+    def skip_finished_epoch(self, epoch_steps: int) -> None:
+        """Starts the next epoch where the running one has no steps left, because it has become shorter."""
+        if self.state.step_in_epoch >= epoch_steps:
+            logger.warning(
+                "the state was saved after %d steps of an epoch, which now has %d (other pictures, batches or "
+                "processes): going on with the next epoch", self.state.step_in_epoch, epoch_steps,
+            )  # fmt: skip
+            self.state.epoch += 1
+            self.state.step_in_epoch = 0
+
     # --- files ---
 
     def save(self, name: str, with_state: bool) -> None:
@@ -289,12 +311,24 @@ class NetworkTrainer:
         """Saves what an ending run has reached, with a state to resume from."""
         self.save(step_name(self.settings.saving.output_name, self.state.step), with_state=True)
 
+    @contextmanager
+    def saving_before_errors(self) -> Iterator[None]:
+        """Inside, what has been trained is saved before an error ends the run."""
+        try:
+            yield
+        except Exception:
+            self.save_interrupted()
+            raise
+
     def sample(self, tag: str) -> None:
         """Renders the sample prompts, if there are any, without dropout; by the main process."""
         if self.settings.sampling.sample_prompts is None or not self.accelerator.is_main_process:
             return
         self.network.eval()
-        self.render_samples(self.settings.saving.output_dir / "sample", tag)
+        try:
+            self.render_samples(self.settings.saving.output_dir / "sample", tag)
+        except torch.OutOfMemoryError:
+            logger.warning("sample pictures left out: out of GPU memory; give the prompts a lower --w and --h")
         self.network.train()
 
 

@@ -213,6 +213,54 @@ def test_an_interrupted_run_saves_and_can_go_on(config, tmp_path, losses, monkey
     assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
 
 
+def test_a_signal_during_the_last_save_does_not_end_it(config, tmp_path, monkeypatch):
+    import os
+    import signal
+
+    save = NetworkTrainer.save
+
+    def save_with_signal(self, name, with_state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(self, name, with_state)
+
+    monkeypatch.setattr(NetworkTrainer, "save", save_with_signal)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("the signal ended the run"))
+    try:
+        assert main(config(max_train_steps=2)) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert adapter(tmp_path)
+
+
+def test_a_picture_lost_during_training_ends_the_run_with_a_message_and_a_state(
+    config, tiny_anima, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(tiny_anima / "train", tmp_path / "train")
+    step = NetworkTrainer.step
+
+    def lose_pictures(self, batches, sample_count):
+        if self.state.step == 1:
+            shutil.rmtree(tmp_path / "train")
+        return step(self, batches, sample_count)
+
+    monkeypatch.setattr(NetworkTrainer, "step", lose_pictures)
+    assert main(config(train_data_dir=tmp_path / "train", cache_latents=False, max_train_steps=6)) == 1
+    assert "error: picture" in capsys.readouterr().err
+    assert adapter(tmp_path, "tiny-step00000002")
+    assert (tmp_path / "output" / "tiny-step00000002-state" / "run_state.json").is_file()
+
+
+def test_sample_pictures_that_do_not_fit_the_gpu_are_left_out(config, tiny_anima, tmp_path, capsys, monkeypatch):
+    def out_of_memory(self, folder, tag):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", out_of_memory)
+    prompts = tiny_anima / "sample_prompts.txt"
+    assert main(config(max_train_steps=2, sample_prompts=prompts, sample_every_n_steps=1)) == 0
+    assert "sample pictures left out" in capsys.readouterr().err
+    assert adapter(tmp_path)
+
+
 def test_running_out_of_gpu_memory_saves_and_says_what_helps(config, tmp_path, capsys, monkeypatch):
     losses_of = AnimaNetworkTrainer.sample_losses
 

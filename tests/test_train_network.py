@@ -122,3 +122,13 @@ def test_out_of_memory_names_the_batch_and_three_remedies():
     assert "2 x 64x96 pixels" in message
     for remedy in ("gradient_checkpointing", "batch_size", "resolution"):
         assert remedy in message
+
+
+@pytest.mark.parametrize(("epoch_steps", "place"), [(3, (1, 0)), (4, (1, 0)), (5, (0, 4))])
+def test_a_resumed_epoch_that_has_become_shorter_is_over(epoch_steps, place, caplog):
+    trainer = ToyTrainer(make_settings())
+    trainer.state = RunState(step=4, epoch=0, step_in_epoch=4)
+    trainer.skip_finished_epoch(epoch_steps)
+    assert (trainer.state.epoch, trainer.state.step_in_epoch) == place
+    assert trainer.state.step == 4
+    assert ("going on with the next epoch" in caplog.text) == (place == (1, 0))
