@@ -66,7 +66,7 @@ def _folders(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -
     seen: Counter[str] = Counter()
 
     def folder(dataset: int, subset: SubsetSettings) -> _Folder:
-        name = subset.image_dir.name
+        name = subset.image_dir.resolve().name
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
         return _Folder(unique, subset, of_subset[dataset, id(subset)])
@@ -93,7 +93,7 @@ def _dataset_values(dataset: DatasetSettings) -> dict[str, Any]:
 
 def _subset_values(subset: SubsetSettings) -> dict[str, Any]:
     values = {option.name: getattr(subset, option.name) for option in options_of(SubsetSettings)}
-    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
+    return {name: value.resolve().name if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def _tag_frequency(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
@@ -101,12 +101,19 @@ def _tag_frequency(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
     counts: Counter[tuple[str, str]] = Counter()
     for folder in folders:
         for picture in folder.pictures:
-            tags = {tag.strip() for tag in picture.caption.split(folder.subset.caption_separator)}
-            counts.update((folder.name, tag) for tag in sorted(tags) if 0 < len(tag) <= _LONGEST_TAG)
+            counts.update((folder.name, tag) for tag in _tags(picture.caption, folder.subset))
     frequency: dict[str, dict[str, int]] = defaultdict(dict)
     for (name, tag), count in counts.most_common(_MOST_TAGS):
         frequency[name][tag] = count
     return frequency
+
+
+def _tags(caption: str, subset: SubsetSettings) -> list[str]:
+    """A caption's tags, each once, without the marks that only tell which of them are kept in place."""
+    if subset.keep_tokens_separator:
+        caption = caption.replace(subset.keep_tokens_separator, subset.caption_separator)
+    tags = {tag.strip() for tag in caption.split(subset.caption_separator)}
+    return sorted(tag for tag in tags if 0 < len(tag) <= _LONGEST_TAG)
 
 
 def _bucket_info(pictures: Sequence[Picture]) -> dict[str, Any]:
