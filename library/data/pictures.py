@@ -143,7 +143,7 @@ def _read_captions(found: Sequence[_Found]) -> list[str]:
         if len(lines) > 1:
             cut.append(str(each.caption_path))
     if unreadable:
-        raise DataError(_listed(unreadable))
+        raise DataError(f"{len(unreadable)} caption files cannot be read:\n{_listed(unreadable)}")
     _warn(missing, "pictures have no caption file; they get class_tokens, or an empty caption where that is not set")
     _warn(cut, "caption files have several lines; only the first is used")
     return captions

@@ -133,7 +133,8 @@ def _datasets(
     try:
         return (dataset_from_folder(given["train_data_dir"].value, given),)
     except DataError as error:
-        problems.append(str(error))
+        folder = given["train_data_dir"]
+        problems.append(f"{folder.source}: {folder.label}: {error}")
         return ()
 
 

@@ -50,10 +50,14 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "log_every_n_steps": (1, None),
 }
 
+# File names end at 255 bytes; the rest is for what saves, samples, log folders and unfinished files add to the name.
+LONGEST_NAME = 180
+
 
 def check_settings(settings: Settings) -> list[str]:
     """Every problem of the settings as a whole; what has no effect is logged as a warning."""
     _warn_of_no_effect(settings)
+    _warn_of_rising_rate(settings)
     _warn_of_long_context(settings)
     rules = (model_files, numbers_in_range, buckets, optimizer, files_to_start_from, samples, output_folders)
     problems: list[str] = []
@@ -127,7 +131,8 @@ def optimizer(settings: Settings) -> Iterator[str]:
     try:
         check_optimizer(settings.optimizer)
     except SettingError as error:
-        yield str(error)
+        name, _, problem = str(error).partition(": ")
+        yield f"{_origin(settings, name)}: {problem}"
 
 
 def files_to_start_from(settings: Settings) -> Iterator[str]:
@@ -137,6 +142,8 @@ def files_to_start_from(settings: Settings) -> Iterator[str]:
         yield f"{_origin(settings, 'network_weights')}: there is no file {weights}"
     if resume is not None and not resume.is_dir():
         yield f"{_origin(settings, 'resume')}: there is no folder {resume}; give a state folder (…-state)"
+    elif resume is not None and not (resume / "run_state.json").is_file():
+        yield f"{_origin(settings, 'resume')}: {resume} is not a state folder (…-state): it has no run_state.json"
 
 
 def samples(settings: Settings) -> Iterator[str]:
@@ -159,6 +166,8 @@ def output_folders(settings: Settings) -> Iterator[str]:
     name = settings.saving.output_name
     if not name or set(name) & set('/\\:*?"<>|'):
         yield f"{_origin(settings, 'output_name')}: {name!r} cannot be a file name; folders go into output_dir"
+    elif len(name.encode()) > LONGEST_NAME:
+        yield f"{_origin(settings, 'output_name')}: is longer than {LONGEST_NAME} bytes"
 
 
 def _folder_problems(settings: Settings, name: str, folder: Path) -> Iterator[str]:
@@ -185,6 +194,15 @@ def _warn_of_long_context(settings: Settings) -> None:
     if settings.model.anima_seq_len > 512:
         rows = settings.model.anima_seq_len
         logger.warning("anima_seq_len: short captions get %d context rows, where inference gives them 512", rows)
+
+
+def _warn_of_rising_rate(settings: Settings) -> None:
+    """Other trainers ignore the number of waves where one cosine falls, so their files may hold any."""
+    schedule = settings.schedule
+    waves = schedule.lr_scheduler_num_cycles
+    if schedule.lr_scheduler in ("cosine", "cosine_with_min_lr") and waves is not None and waves % 1 != 0.5:
+        name = _origin(settings, "lr_scheduler_num_cycles")
+        logger.warning("%s: after %g waves the learning rate ends above its lowest; 0.5 falls once", name, waves)
 
 
 def _warn_of_no_effect(settings: Settings) -> None:
@@ -223,6 +241,8 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.saving.no_metadata:
         for name in ("training_comment", *(name for name in vars(settings.saving) if name.startswith("metadata_"))):
             yield name, "no_metadata leaves it out"
+    if not settings.datasets:
+        return  # their folder is missing, which is told elsewhere
     if not any(dataset.enable_bucket for dataset in settings.datasets):
         for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
             yield name, "enable_bucket is off"

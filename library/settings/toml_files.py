@@ -64,7 +64,8 @@ def read_toml(path: Path) -> TomlFile:
     try:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SettingError(f"{path}: is not valid TOML: {error}") from error
+        hint = "; in paths write / instead of \\, or use single quotes" if "\\" in text else ""
+        raise SettingError(f"{path}: is not valid TOML: {error}{hint}") from error
     return TomlFile(path, tables, _key_lines(text))
 
 

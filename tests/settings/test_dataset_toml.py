@@ -115,9 +115,11 @@ def test_pictures_named_twice_or_not_at_all(workplace, model_flags, needed_flags
     assert "set train_data_dir to a folder, or dataset_config to a dataset TOML" in neither
 
 
-def test_missing_picture_folder_is_told_with_the_other_problems(workplace, model_flags):
-    message = error_of([*model_flags, "--train_data_dir", "nowhere", "--network_dim", "0"])
-    assert "nowhere" in message
+def test_missing_picture_folder_is_told_with_the_other_problems(workplace, model_flags, caplog):
+    words = ["--train_data_dir", "nowhere", "--network_dim", "0", "--min_bucket_reso", "512", "--enable_bucket"]
+    message = error_of([*model_flags, *words])
+    assert "command line: --train_data_dir: picture folder nowhere does not exist" in message
+    assert caplog.records == []
     assert "--network_dim: 0 is out of range" in message
 
 

@@ -234,7 +234,7 @@ def test_computed_keys(workplace, lines, expected):
 def test_optimizer_keys_of_other_optimizers(workplace):
     lines = "[optimizer]\ntype = 'radam_schedulefree'\nprodigy_d_coef = 2\n"
     message = error_of(workplace, LEAST + lines)
-    assert "optimizer_type: 'RAdamScheduleFree'" in message
+    assert "root.toml:9: optimizer.type: 'RAdamScheduleFree'" in message
     settings = read(workplace, LEAST + "[optimizer]\nprodigy_amsgrad = true\n")
     assert settings.optimizer.optimizer_args[-1] == "amsgrad=True"
 

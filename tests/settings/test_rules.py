@@ -66,16 +66,18 @@ def test_bucket_limits(needed_flags):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--optimizer_type", "Adamm"], "optimizer_type: 'Adamm' is not known"),
-        (["--optimizer_args", "weight_decai=1"], "optimizer_args: AdamW takes no 'weight_decai'"),
+        (["--optimizer_type", "Adamm"], "command line: --optimizer_type: 'Adamm' is not known"),
+        (["--optimizer_args", "weight_decai=1"], "command line: --optimizer_args: AdamW takes no 'weight_decai'"),
         (["--network_weights", "no.safetensors"], "--network_weights: there is no file no.safetensors"),
         (["--resume", "no-state"], "--resume: there is no folder no-state"),
+        (["--resume", "train"], "--resume: train is not a state folder"),
         (["--sample_prompts", "no.txt"], "--sample_prompts: there is no file no.txt"),
         (["--sample_every_n_steps", "5"], "--sample_every_n_steps needs sample_prompts"),
         (["--sample_at_first"], "--sample_at_first needs sample_prompts"),
         (["--output_dir", "vae.safetensors"], "--output_dir: cannot write to vae.safetensors"),
         (["--logging_dir", "vae.safetensors/logs"], "--logging_dir: cannot write to vae.safetensors/logs"),
         (["--output_name", "a/b"], "--output_name: 'a/b' cannot be a file name"),
+        (["--output_name", "é" * 91], "--output_name: is longer than 180 bytes"),
         (["--vae", "x" * 5000], "cannot be read: File name too long"),
     ],
 )
@@ -131,6 +133,13 @@ def test_options_without_effect_are_named_once(needed_flags, caplog, words, name
 def test_options_with_effect_are_not_warned_of(needed_flags, caplog, words):
     read_settings([*needed_flags, *words])
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(("waves", "warns"), [("1", True), ("10", True), ("0.5", False), ("1.5", False)])
+def test_a_cosine_that_ends_above_its_lowest_rate_is_warned_of(needed_flags, caplog, waves, warns):
+    read_settings([*needed_flags, "--lr_scheduler", "cosine", "--lr_scheduler_num_cycles", waves])
+    expected = [f"command line: --lr_scheduler_num_cycles: after {waves} waves"] if warns else []
+    assert [record.getMessage().partition(" the")[0] for record in caplog.records] == expected
 
 
 def test_more_context_rows_than_inference_has_are_warned_of(needed_flags, caplog):

@@ -73,6 +73,8 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
         (b"seed = 1\nvae = \n", "not valid TOML.*line 2"),
         (b"seed = 1\nseed = 2\n", "not valid TOML.*line 2"),
         (b"vae = '\xff'", "UTF-8"),
+        (rb'vae = "C:\models\vae"', "line 1.*write / instead of"),
+        (rb'vae = "C:\Users\me\vae"', "line 1.*write / instead of"),
         (b"seed = " + b"9" * 5000, "not valid TOML"),
         (b"a = " + b"[" * 5000 + b"]" * 5000, "not valid TOML"),
     ],

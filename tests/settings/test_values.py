@@ -81,6 +81,7 @@ REFUSALS = [
     ("text", 5, "a text"),
     ("file", "", "a path"),
     ("file", "a\0b", "a path"),
+    ("file", "C:\train", "not a path; in paths write /"),
     ("texts", ["a=1", 2], "list of texts"),
     ("texts", 3, "list of texts"),
     ("precision", "BF16", "did you mean bf16"),
