@@ -106,12 +106,9 @@ def adapter_metadata(
     if "batch_size_per_device" in facts.data:
         batches = settings["gradient_accumulation_steps"] * facts.num_processes
         values["total_batch_size"] = facts.data["batch_size_per_device"] * batches
-    return {
-        **{f"ss_{name}": _as_text(value) for name, value in values.items()},
-        **{key: _as_text(value) for key, value in facts.model.items()},
-        **_modelspec(settings, facts, finished_at),
-        **BLANK_HASHES,
-    }
+    told = {f"ss_{name}": value for name, value in values.items()}
+    told |= {**facts.model, **_modelspec(settings, facts, finished_at), **BLANK_HASHES}
+    return {key: _as_text(value) for key, value in told.items()}
 
 
 def _modelspec(settings: Mapping[str, Any], facts: RunFacts, finished_at: float) -> dict[str, str]:
@@ -137,5 +134,9 @@ def _call_text(name: str, arguments: list[str]) -> str:
 
 
 def _as_text(value: Any) -> str:
-    """Dictionaries and lists as JSON, everything else as Python writes it: "True", "None", "(1024, 1024)"."""
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    """Dictionaries and lists as JSON, everything else as Python writes it: "True", "None", "(1024, 1024)".
+
+    Bytes of a file name that are not UTF-8 become "?": a safetensors file could not be written with them.
+    """
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -7,6 +7,9 @@ import re
 import subprocess
 from pathlib import Path, PureWindowsPath
 
+import torch
+from safetensors.torch import save
+
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.summary import describe_data
 from library.settings import Settings, read_settings, settings_as_flat_dict
@@ -145,6 +148,14 @@ def test_no_setting_is_a_secret():
     """All settings are written into a file that gets shared: a key or password must not become one of them."""
     secret = re.compile(r"(api_key|_token|password|secret)$")
     assert [name for name in top_level_options() if secret.search(name)] == []
+
+
+def test_file_names_that_are_not_unicode_can_be_saved(tmp_path):
+    odd = "è\udcff.safetensors"  # what Python makes of the bytes C3 A8 FF
+    told = written(read(tmp_path), facts(model_files={"sd_model": Path(odd)}, network_args={"a": odd}))
+    assert told["ss_sd_model_name"] == "è?.safetensors"
+    assert json.loads(told["ss_network_args"]) == {"a": odd}
+    save({"a": torch.zeros(1)}, told)
 
 
 def test_runs_are_told_apart_and_the_program_is_named():
