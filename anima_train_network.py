@@ -25,6 +25,7 @@ from library.anima_runtime.tokenizers import (
     load_qwen_tokenizer,
     load_t5_tokenizer,
 )
+from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import check_vae_file, load_vae
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
@@ -49,6 +50,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
         find_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir)
         check_t5_tokenizer(model.t5_tokenizer_dir)
         self.prompts = parse_prompt_lines(prompts) if prompts is not None else []
+
+    def planned_model(self) -> nn.Module:
+        return AnimaTransformer(self.config)
 
     def load_models(self) -> nn.Module:
         model = self.settings.model

@@ -62,6 +62,10 @@ class NetworkTrainer:
         """Refuses wrong model files by what their headers say, before anything is loaded."""
         raise NotImplementedError
 
+    def planned_model(self) -> nn.Module:
+        """The model whose Linears are adapted, without weights; called on the meta device, after the files' check."""
+        raise NotImplementedError
+
     def load_models(self) -> nn.Module:
         """Loads all models, frozen, and returns the one whose Linears are adapted."""
         raise NotImplementedError
@@ -105,6 +109,8 @@ class NetworkTrainer:
         network_module = import_network_module(settings.network.network_module)
         network_arguments = self.network_arguments()
         self.check_model_files()
+        with torch.device("meta"):
+            self.create_network(network_module, network_arguments, self.planned_model())
         pictures = scan_datasets(settings.datasets, settings.data.skip_broken_images, show_progress=is_main)
         batch_sizes = [dataset.batch_size for dataset in settings.datasets]
         epoch_steps = steps_per_epoch(pictures, batch_sizes, run.gradient_accumulation_steps, processes)
@@ -251,13 +257,21 @@ class NetworkTrainer:
             )
         return arguments
 
-    def attach_network(self, module: ModuleType, arguments: dict[str, str], model: nn.Module) -> nn.Module:
-        """Builds the adapter network, attaches it to the model and moves it to the device, in float32."""
+    def create_network(self, module: ModuleType, arguments: dict[str, str], model: nn.Module) -> nn.Module:
+        """The adapter network, new and not attached. SettingError: an argument that cannot be used, or no targets."""
         chosen = self.settings.network
-        network = module.create_network(
+        passed = {"multiplier", "network_dim", "network_alpha", "vae", "text_encoder", "unet", "neuron_dropout"}
+        if twice := sorted(passed & arguments.keys()):
+            raise SettingError(f"network_args: {', '.join(twice)} cannot stand here; dim, alpha, dropout are settings")
+        return module.create_network(
             1.0, chosen.network_dim, chosen.network_alpha, None, None, model,
             neuron_dropout=chosen.network_dropout, **arguments,
         )  # fmt: skip
+
+    def attach_network(self, module: ModuleType, arguments: dict[str, str], model: nn.Module) -> nn.Module:
+        """Builds the adapter network, attaches it to the model and moves it to the device, in float32."""
+        chosen = self.settings.network
+        network = self.create_network(module, arguments, model)
         if chosen.network_weights is not None:
             network.load_weights(chosen.network_weights)
         network.apply_to(None, model, False, True)
@@ -336,7 +350,7 @@ def import_network_module(name: str) -> ModuleType:
     """The module that network_module names. SettingError: there is none, or it builds no networks."""
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise SettingError(f"network_module: {name!r} cannot be imported ({error}); use networks.lora_anima") from error
     if not hasattr(module, "create_network"):
         raise SettingError(f"network_module: {name!r} has no create_network; use networks.lora_anima")

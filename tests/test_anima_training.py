@@ -342,12 +342,15 @@ def test_empty_captions_train_alone_and_in_batches(config, losses):
     ("settings", "message"),
     [
         ({"network_args": ["target_modules=query"]}, "'query' matches no Linear"),
+        ({"network_args": ["target_modul=q_proj"]}, "no argument 'target_modul'"),
+        ({"network_args": ["network_dim=8"]}, "network_args: network_dim cannot stand here"),
         ({"network_module": "networks.lora"}, "has no create_network"),
         ({"optimizer_args": ["beta=1"]}, "takes no 'beta'"),
         ({"resume": "nowhere"}, "nowhere"),
     ],
 )
-def test_mistakes_end_with_a_message_and_an_exit_code(config, capsys, settings, message):
+def test_mistakes_end_with_a_message_before_any_model_is_loaded(config, capsys, monkeypatch, settings, message):
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
     assert main(config(**settings)) == 1
     assert message in capsys.readouterr().err
 

@@ -113,6 +113,8 @@ def test_the_llm_adapter_switch_reaches_the_network_and_must_not_contradict():
 def test_network_modules_are_checked():
     with pytest.raises(SettingError, match=r"network_module: 'networks\.lora_anmia' cannot be imported"):
         import_network_module("networks.lora_anmia")
+    with pytest.raises(SettingError, match="network_module: '' cannot be imported"):
+        import_network_module("")
     with pytest.raises(SettingError, match="'json' has no create_network"):
         import_network_module("json")
 
