@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from library.anima_runtime.checkpoint import read_header
+from library.anima_runtime.model_files import read_header
 from library.errors import ModelFileError, first_ten
 from library.files import write_atomically
 from networks.adapter_types import Adapters, Shape, describe_adapters, weight_shape
@@ -93,7 +93,7 @@ def _problems(
     if unused:
         problems.append(_unused_text(len(header), unused))
     if misfits:
-        problems.append(f"{len(misfits)} modules of another shape: {first_ten(misfits.values(), '; ')}")
+        problems.append(f"tensors of another shape in {len(misfits)} modules: {first_ten(misfits.values(), '; ')}")
     return problems
 
 

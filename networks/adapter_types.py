@@ -181,7 +181,7 @@ def _column(path: str, dora_scale: Tensor, weight: Shape) -> Tensor:
     out_features, in_features = weight
     if tuple(dora_scale.shape) == (out_features, 1):
         return dora_scale
-    if dora_scale.numel() == out_features != in_features:
+    if tuple(dora_scale.shape) in ((out_features,), (1, out_features)) and out_features != in_features:
         return dora_scale.reshape(out_features, 1)
     raise ModelFileError(
         f"{path}.dora_scale has shape {list(dora_scale.shape)}, and only one scale for each output, "

@@ -19,9 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from library.anima_runtime.checkpoint import read_header
+from library.anima_runtime.model_files import read_header
 from library.console import show, show_error
 from library.errors import ModelFileError, SettingError, UserError
+from library.files import write_atomically
+from library.training.model_hashes import BLANK_HASHES, fill_hashes
 from networks.adapter_files import read_adapter_file, save_adapter_file
 from networks.adapter_types import NORM_VALUE, describe_adapters
 from networks.key_formats import FORMATS, resolve_norm_values
@@ -63,15 +65,15 @@ def convert(arguments: argparse.Namespace) -> None:
                 f"{arguments.input} holds absolute norm values; give the transformer they belong to with --base_model"
             )
         adapters = resolve_norm_values(adapters, _weight_reader(arguments.base_model))
-    # The hashes are of the input's bytes.
-    metadata = {key: value for key, value in metadata.items() if not _is_hash(key)}
+    metadata |= {key: blank for key, blank in BLANK_HASHES.items() if key in metadata}
     dtype = PRECISIONS.get(arguments.precision)
-    save_adapter_file(arguments.output, adapters, arguments.format, dtype, metadata)
+
+    def write(file: Path) -> None:
+        save_adapter_file(file, adapters, arguments.format, dtype, metadata)
+        fill_hashes(file)
+
+    write_atomically(arguments.output, write)
     show(f"{arguments.output}: {describe_adapters(adapters)}; {parsed.format} -> {arguments.format}")
-
-
-def _is_hash(key: str) -> bool:
-    return key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 def _weight_reader(path: Path) -> Callable[[str], Tensor]:
