@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
 from library.anima_runtime.flow import add_noise, draw_noise, draw_timesteps, velocity_losses
@@ -156,12 +157,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted."""
     accelerator = Accelerator(mixed_precision="no")
     show_log_messages(accelerator.is_main_process)
+    disable_progress_bar()  # transformers' own, for the second that Qwen3 takes to load
     try:
         AnimaNetworkTrainer(read_settings(sys.argv[1:] if arguments is None else arguments), accelerator).train()
+    except Interrupted as stop:
+        logger.info("%s", stop)
+        return 130
     except UserError as error:
         if accelerator.is_main_process:
             show_error(error)
-        return 130 if isinstance(error, Interrupted) else 1
+        return 1
     except KeyboardInterrupt:
         logger.error("stopped at once, without saving")
         return 130

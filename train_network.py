@@ -140,6 +140,11 @@ class NetworkTrainer:
         self.state = RunState()
         if run.resume is not None:
             self.state = load_state(run.resume, self.parts)
+            if self.state.step >= total_steps:
+                raise SettingError(
+                    f"resume: {run.resume} is at step {self.state.step}, and this run ends at step {total_steps}: "
+                    "raise max_train_steps or max_train_epochs"
+                )
             logger.info("resumed from %s at step %d of %d", run.resume, self.state.step, total_steps)
             self.skip_finished_epoch(epoch_steps)
         self.facts = RunFacts(
@@ -203,7 +208,8 @@ class NetworkTrainer:
             else:
                 self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
         if self.state.step < total_steps:
-            raise Interrupted(f"stopped at step {self.state.step} of {total_steps}; the adapter and a state are saved")
+            state = saving.output_dir / f"{step_name(saving.output_name, self.state.step)}-state"
+            raise Interrupted(f'stopped at step {self.state.step} of {total_steps}; go on with --resume "{state}"')
 
     def step(self, batches: list[Batch], sample_count: int) -> Tensor:
         """One optimizer step over a window of batches: the mean loss over all its samples, on every GPU.

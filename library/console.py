@@ -30,8 +30,8 @@ def show_log_messages(is_main_process: bool = True) -> None:
 
 
 def show_error(error: BaseException) -> None:
-    """Shows a user's error as a message, without a traceback."""
-    print(f"error: {error}", file=sys.stderr)
+    """Shows a user's error as a message without a traceback, set apart from what a launcher prints after it."""
+    print(f"\nerror: {error}\n", file=sys.stderr)
 
 
 def show(text: str) -> None:

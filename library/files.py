@@ -36,10 +36,12 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666  # a writer may make a new file that only its owner can read
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                file.chmod(mode)
                 _sync_file(file)
         _sync_folder(temporary)
         _replace_folder(temporary, path)

@@ -192,7 +192,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config, tmp_path, losses):
     assert all(torch.equal(tensor, tensors[key]) for key, tensor in adapter(tmp_path).items())
 
 
-def test_an_interrupted_run_saves_and_can_go_on(config, tmp_path, losses, monkeypatch):
+def test_an_interrupted_run_saves_and_can_go_on(config, tmp_path, losses, monkeypatch, capsys):
     import os
     import signal
 
@@ -208,8 +208,15 @@ def test_an_interrupted_run_saves_and_can_go_on(config, tmp_path, losses, monkey
     with monkeypatch.context() as patch:
         patch.setattr(NetworkTrainer, "step", interrupted_at_three)
         assert main(config(max_train_steps=6)) == 130
+    state = tmp_path / "output" / "tiny-step00000003-state"
+    said = capsys.readouterr().err
+    assert f'stopped at step 3 of 6; go on with --resume "{state}"' in said
+    assert "error" not in said
     assert "lora_up" in next(iter(sorted(adapter(tmp_path, "tiny-step00000003"), reverse=True)))
-    assert main(config(max_train_steps=6, resume=tmp_path / "output" / "tiny-step00000003-state")) == 0
+    assert main(config(max_train_steps=6, resume=state)) == 0
+    assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
+    assert main(config(max_train_steps=3, resume=state)) == 1
+    assert "is at step 3, and this run ends at step 3: raise max_train_steps" in capsys.readouterr().err
     assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
 
 

@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 MODEL = ROOT / "demo" / "model"
 CONFIG = "configs/examples/quickstart.toml"
-# accelerate asks for these four when they are left out.
-LAUNCH = ["launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+# accelerate asks for these when they are left out; --quiet spares its traceback after an error of the trainer.
+ANSWERS = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+LAUNCH = ["launch", "--quiet", *ANSWERS]
 
 COMPARISONS = {">=": operator.ge, "<": operator.lt}
 BOUND = r'(>=|<)\s*"?([\d.]+)"?'

@@ -57,6 +57,12 @@ def test_saving_again_replaces_the_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
+def test_files_have_ordinary_permissions(tmp_path):
+    save_state(tmp_path / "state", make_parts(), RunState())
+    (tmp_path / "ordinary").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "state").iterdir()} == {(tmp_path / "ordinary").stat().st_mode}
+
+
 def test_a_failed_save_leaves_the_old_state_and_no_rubbish(tmp_path, monkeypatch):
     parts = make_parts()
     save_state(tmp_path / "state", parts, RunState(step=1))
