@@ -77,4 +77,7 @@ def load_state(folder: Path, parts: Resumable) -> RunState:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch's long text advises to load the file unsafely
+        raise ValueError(f"{path.name} cannot be read") from error
