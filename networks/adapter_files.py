@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import read_header
+from library.anima_runtime.quantised import StoredTensor
 from library.errors import ModelFileError, first_ten
 from library.files import write_atomically
 from networks.adapter_types import Adapters, Shape, describe_adapters, weight_shape
-from networks.key_formats import ParsedAdapter, find_keys, parse_keys, write_keys
-from networks.module_names import depth_of_keys, module_names_covering
+from networks.key_formats import FileKey, ParsedAdapter, find_keys, parse_keys, write_keys
+from networks.module_names import depth_of_keys, has_bias, module_names_covering
 from networks.peft_alphas import HEADER_KEY
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,9 @@ def read_adapter_file(path: Path) -> tuple[ParsedAdapter, dict[str, str]]:
     header = read_header(path)
     parsed, metadata = _read(path, header, module_names_covering(header))
     if parsed.unused or not parsed.adapters:
-        raise ModelFileError(f"{path}: {_unused_text(len(header), parsed.unused)}")
+        raise ModelFileError(
+            f"{path} looks like {describe_tensors(header)}. {_unused_text(len(header), parsed.unused)}"
+        )
     return parsed, metadata
 
 
@@ -49,15 +53,17 @@ def load_adapter_file(
     header = read_header(path)
     with _errors_naming(path):
         found = find_keys(header, model_shapes)
-        modules: dict[str, dict[str, Shape]] = {}
-        for key, file_key in found.items():
-            modules.setdefault(file_key.path, {})[file_key.suffix] = header[key].shape
-        misfits = dict(_misfits(modules, model_shapes))
+        misfits = dict(_misfits(header, found, model_shapes))
     unused = [key for key in header if key not in found]
-    problems = _problems(path, header, unused, misfits, model_shapes)
     fitting = [key for key, file_key in found.items() if file_key.path not in misfits]
+    problems = _depth_problems(_metadata(path), header, model_shapes)
+    if unused:
+        problems.append(_unused_text(len(header), unused))
+    if misfits:
+        problems.append(f"tensors of another shape in {len(misfits)} modules: {first_ten(misfits.values(), '; ')}")
+    if not fitting:
+        problems.append(f"it looks like {describe_tensors(header)}")
     if not fitting or (problems and not allow_partial):
-        problems = problems or [_unused_text(len(header), unused)]
         raise ModelFileError(f"{path} does not fit this model:\n  " + "\n  ".join(problems))
     if problems:
         logger.warning("%s fits this model in part; the rest is left out:\n  %s", path, "\n  ".join(problems))
@@ -67,41 +73,33 @@ def load_adapter_file(
 
 
 def _misfits(
-    modules: Mapping[str, Mapping[str, Shape]], model_shapes: Mapping[str, Shape]
-) -> Iterable[tuple[str, str]]:
+    header: Mapping[str, StoredTensor], found: Mapping[str, FileKey], model_shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, str]]:
+    """(module path, what is wrong) of the modules whose tensors are for another shape than the model's."""
+    modules: dict[str, dict[str, Shape]] = {}
+    for key, file_key in found.items():
+        modules.setdefault(file_key.path, {})[file_key.suffix] = header[key].shape
     for path, shapes in modules.items():
-        shape, expected = weight_shape(path, shapes), tuple(model_shapes[path])
-        if shape != expected and not ("diff_b" in shapes and shape == expected[:1]):
-            yield path, f"{path} is for {list(shape)}, the model has {list(expected)}"
+        weight, expected = weight_shape(path, shapes), tuple(model_shapes[path])
+        bias = shapes.get("b_norm", shapes.get("diff_b"))
+        if weight is not None and weight != expected:
+            yield path, f"{path} is for {list(weight)}, the model has {list(expected)}"
+        elif bias is not None and not (has_bias(path) and bias == expected[:1]):
+            yield path, f"{path} is for a bias of {list(bias)}, which the model has not"
 
 
-def _problems(
-    path: Path,
-    header: Mapping[str, Any],
-    unused: list[str],
-    misfits: Mapping[str, str],
-    model_shapes: Mapping[str, Shape],
-) -> list[str]:
-    problems = []
-    own_depth, file_depth = depth_of_keys(model_shapes), depth_of_keys(header)
-    recorded = _metadata(path).get("ss_anima_depth", "")
-    trained = int(recorded) if recorded.isdecimal() else None
-    if trained is not None and trained != own_depth:
-        problems.append(f"it was trained for {trained} blocks, this model has {own_depth}")
-    elif file_depth > own_depth:
-        problems.append(f"it was trained for {file_depth} blocks or more, this model has {own_depth}")
-    if unused:
-        problems.append(_unused_text(len(header), unused))
-    if misfits:
-        problems.append(f"tensors of another shape in {len(misfits)} modules: {first_ten(misfits.values(), '; ')}")
-    return problems
+def _depth_problems(metadata: Mapping[str, str], keys: Iterable[str], model_shapes: Mapping[str, Shape]) -> list[str]:
+    own_depth, least_depth = depth_of_keys(model_shapes), depth_of_keys(keys)
+    recorded = metadata.get("ss_anima_depth", "")
+    if recorded.isdecimal() and int(recorded) != own_depth:
+        return [f"it was trained for {recorded} blocks, this model has {own_depth}"]
+    if least_depth > own_depth:
+        return [f"it was trained for {least_depth} blocks or more, this model has {own_depth}"]
+    return []
 
 
-def _unused_text(total: int, unused: Iterable[str]) -> str:
-    listed = list(unused)
-    if not total:
-        return "the file is empty"
-    return f"{len(listed)} of {total} keys belong to no module: {first_ten(listed)}"
+def _unused_text(total: int, unused: Collection[str]) -> str:
+    return f"{len(unused)} of {total} keys belong to no module: {first_ten(unused)}"
 
 
 def _read(path: Path, keys: Iterable[str], module_names: Iterable[str]) -> tuple[ParsedAdapter, dict[str, str]]:
@@ -152,7 +150,8 @@ def export_tensors(
 
 def _converted(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     converted = tensor.to("cpu", dtype).contiguous()
-    if converted is not tensor and converted.isinf().sum() > tensor.isinf().sum():
+    overflowed = converted.isinf()
+    if overflowed.any() and (overflowed & tensor.cpu().isfinite()).any():
         largest = tensor[tensor.isfinite()].abs().max().item()
         raise ModelFileError(f"{key} has values up to {largest:.3g}, too large for {dtype}; save as bf16 or float.")
     return converted

@@ -111,7 +111,7 @@ def _is_complete(kind: str, suffixes: Collection[str]) -> bool:
     if kind == "lokr":
         pairs = {name: (f"{name}_a" in suffixes, f"{name}_b" in suffixes) for name in ("lokr_w1", "lokr_w2")}
         return all(pair == ((False, False) if name in suffixes else (True, True)) for name, pair in pairs.items())
-    return True
+    return "dora_scale" not in suffixes
 
 
 def rank_of(shapes: Mapping[str, Shape]) -> int | None:
@@ -122,14 +122,14 @@ def rank_of(shapes: Mapping[str, Shape]) -> int | None:
     return None
 
 
-def weight_shape(path: str, shapes: Mapping[str, Shape]) -> Shape:
-    """The shape of the weight that one module's adapter changes (of the bias, where it changes only that).
+def weight_shape(path: str, shapes: Mapping[str, Shape]) -> Shape | None:
+    """The shape of the weight that one module's adapter changes; None where it changes only the bias.
 
     Raises ModelFileError where the tensors do not fit each other.
     """
     kind = adapter_kind(path, shapes)
     if kind not in _SCALED:
-        return next(shapes[suffix] for suffix in ("w_norm", NORM_VALUE, "diff", "b_norm", "diff_b") if suffix in shapes)
+        return next((shapes[suffix] for suffix in ("w_norm", NORM_VALUE, "diff") if suffix in shapes), None)
     if kind == "lora":
         products = [("lora_up.weight", "lora_down.weight")]
     elif kind == "loha":

@@ -77,7 +77,7 @@ def test_a_foreign_file_is_refused_with_its_first_ten_keys(tmp_path):
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    with pytest.raises(ModelFileError, match="the file is empty"):
+    with pytest.raises(ModelFileError, match="a file without tensors"):
         load_adapter_file(file_of(tmp_path, {}), SHAPES)
 
 
@@ -96,6 +96,32 @@ def test_a_file_that_fits_in_part_is_refused_or_used_in_part_with_a_warning(tmp_
     assert set(loaded) == {PATHS[0], PATHS[1], "t_embedding_norm"}
     (warning,) = (record.message for record in caplog.records)
     assert unused in warning and misfit in warning
+
+
+def test_a_model_given_as_an_adapter_is_called_by_its_name(tmp_path):
+    keys = ("net.blocks.0.adaln_modulation_self_attn.1.weight", "net.llm_adapter.out_proj.weight")
+    file = file_of(tmp_path, {key: torch.ones(2, 2) for key in keys})
+    for load in (lambda: load_adapter_file(file, SHAPES), lambda: read_adapter_file(file)):
+        with pytest.raises(ModelFileError, match="looks like an Anima transformer"):
+            load()
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "fits"),
+    [
+        ("llm_adapter.out_proj.diff_b", (4,), True),
+        ("llm_adapter.out_proj.diff_b", (5,), False),
+        ("blocks.0.self_attn.q_proj.diff_b", (6,), False),
+        ("t_embedding_norm.b_norm", (6,), False),
+    ],
+)
+def test_a_bias_is_changed_only_where_the_model_has_one(tmp_path, key, shape, fits):
+    file = file_of(tmp_path, {f"diffusion_model.{key}": torch.ones(shape)})
+    if fits:
+        assert list(load_adapter_file(file, SHAPES)[0]) == ["llm_adapter.out_proj"]
+    else:
+        with pytest.raises(ModelFileError, match=r"bias of .* which the model has not"):
+            load_adapter_file(file, SHAPES)
 
 
 def test_a_deeper_file_is_named_by_its_depth(tmp_path):

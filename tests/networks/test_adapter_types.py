@@ -71,6 +71,7 @@ def test_the_other_types_are_told():
         ({"lora_down.weight": torch.ones(4, 16)}, "only lora_down.weight"),
         ({"alpha": torch.tensor(1.0)}, "only alpha"),
         ({"dora_scale": torch.ones(4, 1)}, "only dora_scale"),
+        ({"w_norm": torch.ones(4), "dora_scale": torch.ones(4, 1)}, "only dora_scale, w_norm"),
         ({"lokr_w1": torch.ones(2, 2), "lokr_w2_a": torch.ones(2, 2)}, "only lokr_w1, lokr_w2_a"),
         ({**LORA, "lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}, "lokr and lora at once"),
         ({**LORA, "lora_up.weight": torch.ones(32, 5)}, "do not fit each other"),
