@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -155,7 +156,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted."""
-    accelerator = Accelerator(mixed_precision="no")
+    # The main process renders samples and saves while others wait for it; by default they give up after 10 minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     show_log_messages(accelerator.is_main_process)
     disable_progress_bar()  # transformers' own, for the second that Qwen3 takes to load
     try:

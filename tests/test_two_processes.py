@@ -27,9 +27,9 @@ with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
 def test_a_stop_on_one_process_stops_all_and_gradients_are_summed(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     root = Path(__file__).parents[1]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        + [str(tmp_path / "script.py"), str(tmp_path)],
+        [sys.executable, *launcher, str(tmp_path / "script.py"), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=120,

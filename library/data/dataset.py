@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ class TrainingBatches:
             sampler=self._sampler,
             num_workers=workers,
             persistent_workers=persistent_workers and workers > 0,
+            worker_init_fn=_leave_ctrl_c_to_the_main_process,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
 
@@ -94,6 +96,11 @@ class TrainingBatches:
         for step in steps:
             batches = [next(loaded) for _ in step.batches_of_rank[self._rank]]
             yield StepBatches(batches, step.sample_count)
+
+
+def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
+    """Ctrl+C reaches every process of a terminal; the run still needs its loaders to finish the step it saves after."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _PlanSampler(Sampler[tuple[int, BatchPlan]]):

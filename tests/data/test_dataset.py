@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
+import signal
 from collections import Counter
 
 import pytest
@@ -91,6 +93,16 @@ def test_persistent_workers_live_on(pictures):
         list(loader.epoch(epoch))
         processes.append({child.pid for child in multiprocessing.active_children()})
     assert processes[0] & processes[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot send Ctrl+C to one process")
+def test_workers_go_on_after_ctrl_c(pictures):
+    loader = TrainingBatches(pictures, [2], seed=1, workers=1)
+    steps = loader.epoch(0)
+    next(steps)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGINT)
+    assert len(list(steps)) == 6
 
 
 def test_datasets_can_be_sent_to_spawned_processes(pictures):
