@@ -16,7 +16,6 @@ from torch import Tensor
 
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import read_header
-from library.anima_runtime.quantised import StoredTensor
 from library.errors import ModelFileError, first_ten
 from library.files import write_atomically
 from networks.adapter_types import Adapters, Shape, describe_adapters, weight_shape
@@ -50,35 +49,55 @@ def load_adapter_file(
     allow_partial: leaves out, with a warning, what does not fit; otherwise that is an error.
     Raises ModelFileError listing the first ten keys that do not fit, naming the depth where that differs.
     """
-    header = read_header(path)
-    with _errors_naming(path):
-        found = find_keys(header, model_shapes)
-        misfits = dict(_misfits(header, found, model_shapes))
-    unused = [key for key in header if key not in found]
-    fitting = [key for key, file_key in found.items() if file_key.path not in misfits]
-    problems = _depth_problems(_metadata(path), header, model_shapes)
-    if unused:
-        problems.append(_unused_text(len(header), unused))
-    if misfits:
-        problems.append(f"tensors of another shape in {len(misfits)} modules: {first_ten(misfits.values(), '; ')}")
-    if not fitting:
-        problems.append(f"it looks like {describe_tensors(header)}")
-    if not fitting or (problems and not allow_partial):
-        raise ModelFileError(f"{path} does not fit this model:\n  " + "\n  ".join(problems))
-    if problems:
-        logger.warning("%s fits this model in part; the rest is left out:\n  %s", path, "\n  ".join(problems))
+    shapes = {key: tensor.shape for key, tensor in read_header(path).items()}
+    fitting = _fitting_keys(str(path), shapes, _metadata(path), model_shapes, allow_partial)
     parsed, metadata = _read(path, fitting, model_shapes)
     logger.info("%s: %s, names as %s", path, describe_adapters(parsed.adapters), parsed.format)
     return parsed.adapters, metadata
 
 
+def fit_adapter_tensors(
+    tensors: Mapping[str, Tensor], model_shapes: Mapping[str, Shape], allow_partial: bool = False
+) -> Adapters:
+    """As `load_adapter_file`, for a file's tensors that are in memory already."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    fitting = _fitting_keys("the adapter", shapes, {}, model_shapes, allow_partial)
+    return parse_keys({key: tensors[key] for key in fitting}, {}, model_shapes).adapters
+
+
+def _fitting_keys(
+    source: str,
+    shapes: Mapping[str, Shape],
+    metadata: Mapping[str, str],
+    model_shapes: Mapping[str, Shape],
+    allow_partial: bool,
+) -> list[str]:
+    with _errors_naming(source):
+        found = find_keys(shapes, model_shapes)
+        misfits = dict(_misfits(shapes, found, model_shapes))
+    unused = [key for key in shapes if key not in found]
+    fitting = [key for key, file_key in found.items() if file_key.path not in misfits]
+    problems = _depth_problems(metadata, shapes, model_shapes)
+    if unused:
+        problems.append(_unused_text(len(shapes), unused))
+    if misfits:
+        problems.append(f"tensors of another shape in {len(misfits)} modules: {first_ten(misfits.values(), '; ')}")
+    if not fitting:
+        problems.append(f"it looks like {describe_tensors(shapes)}")
+    if not fitting or (problems and not allow_partial):
+        raise ModelFileError(f"{source} does not fit this model:\n  " + "\n  ".join(problems))
+    if problems:
+        logger.warning("%s fits this model in part; the rest is left out:\n  %s", source, "\n  ".join(problems))
+    return fitting
+
+
 def _misfits(
-    header: Mapping[str, StoredTensor], found: Mapping[str, FileKey], model_shapes: Mapping[str, Shape]
+    file_shapes: Mapping[str, Shape], found: Mapping[str, FileKey], model_shapes: Mapping[str, Shape]
 ) -> Iterator[tuple[str, str]]:
     """(module path, what is wrong) of the modules whose tensors are for another shape than the model's."""
     modules: dict[str, dict[str, Shape]] = {}
     for key, file_key in found.items():
-        modules.setdefault(file_key.path, {})[file_key.suffix] = header[key].shape
+        modules.setdefault(file_key.path, {})[file_key.suffix] = file_shapes[key]
     for path, shapes in modules.items():
         weight, expected = weight_shape(path, shapes), tuple(model_shapes[path])
         bias = shapes.get("b_norm", shapes.get("diff_b"))
@@ -107,17 +126,17 @@ def _read(path: Path, keys: Iterable[str], module_names: Iterable[str]) -> tuple
     metadata = _metadata(path)
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in keys}
-    with _errors_naming(path):
+    with _errors_naming(str(path)):
         parsed = parse_keys(tensors, metadata, module_names, _peft_config(path))
     return parsed, {key: value for key, value in metadata.items() if key != HEADER_KEY}
 
 
 @contextmanager
-def _errors_naming(path: Path) -> Iterator[None]:
+def _errors_naming(source: str) -> Iterator[None]:
     try:
         yield
     except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error
+        raise ModelFileError(f"{source}: {error}") from error
 
 
 def _metadata(path: Path) -> dict[str, str]:

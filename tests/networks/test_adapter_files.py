@@ -12,7 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import ModelFileError
-from networks.adapter_files import export_tensors, load_adapter_file, read_adapter_file, save_adapter_file
+from networks.adapter_files import (
+    export_tensors,
+    fit_adapter_tensors,
+    load_adapter_file,
+    read_adapter_file,
+    save_adapter_file,
+)
 from networks.key_formats import write_keys
 
 PATHS = ("blocks.0.self_attn.q_proj", "blocks.1.mlp.layer1", "llm_adapter.out_proj")
@@ -96,6 +102,16 @@ def test_a_file_that_fits_in_part_is_refused_or_used_in_part_with_a_warning(tmp_
     assert set(loaded) == {PATHS[0], PATHS[1], "t_embedding_norm"}
     (warning,) = (record.message for record in caplog.records)
     assert unused in warning and misfit in warning
+
+
+def test_tensors_in_memory_are_held_to_the_same_rules():
+    start = adapters()
+    tensors = write_keys(start, "kohya")
+    assert_equal(fit_adapter_tensors(tensors, SHAPES), start)
+    tensors["lycoris_foreign.alpha"] = torch.ones(())
+    with pytest.raises(ModelFileError, match=r"1 of 11 keys belong to no module: lycoris_foreign\.alpha"):
+        fit_adapter_tensors(tensors, SHAPES)
+    assert_equal(fit_adapter_tensors(tensors, SHAPES, allow_partial=True), start)
 
 
 def test_a_model_given_as_an_adapter_is_called_by_its_name(tmp_path):

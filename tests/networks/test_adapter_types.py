@@ -10,6 +10,7 @@ from networks.lokr import LoKr
 from networks.lora import LoRA
 
 PATH = "blocks.0.mlp.layer1"
+LOHA = {f"hada_{name}": torch.ones(4, 4) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}
 LORA = {"lora_down.weight": torch.ones(4, 16), "lora_up.weight": torch.ones(32, 4), "alpha": torch.tensor(1.0)}
 
 
@@ -76,6 +77,7 @@ def test_the_other_types_are_told():
         ({**LORA, "lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}, "lokr and lora at once"),
         ({**LORA, "lora_up.weight": torch.ones(32, 5)}, "do not fit each other"),
         ({**LORA, "lora_down.weight": torch.ones(4, 16, 1, 1)}, "do not fit each other"),
+        ({**LOHA, "hada_w2_b": torch.ones(4, 5)}, "products differ in shape"),
         ({**LORA, "alpha": torch.ones(2)}, "one number is expected"),
     ],
 )

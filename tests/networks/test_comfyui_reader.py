@@ -92,7 +92,14 @@ def two_spellings():
     return {f"lora_unet_blocks_0_cross_attn_k_proj.{suffix}": tensor for suffix, tensor in lora(K).items()}
 
 
+def wrong_loha():
+    shapes = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 4), "hada_w2_a": (4, 2), "hada_w2_b": (2, 5)}
+    own = {f"diffusion_model.{BIASED}.{suffix}": torch.ones(shape) for suffix, shape in shapes.items()}
+    return {**own, f"diffusion_model.{BIASED}.diff": None}
+
+
 FAULTS = {
+    "a wrong LoHa": (wrong_loha(), "the weight has"),
     "a foreign prefix": ({f"lycoris_{Q}.alpha": torch.tensor(1.0)}, "reads no such key"),
     "checkpoint names": ({f"net.{Q}.lora_up.weight": torch.ones(6, 2)}, "reads no such key"),
     "another depth": ({"diffusion_model.blocks.1.self_attn.q_proj.diff": torch.ones(6, 6)}, "reads no such key"),

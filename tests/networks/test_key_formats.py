@@ -163,6 +163,13 @@ def test_alpha_becomes_float32_of_no_dimension():
         assert (written.item(), written.dtype, written.ndim) == (3.0, torch.float32, 0)
 
 
+@pytest.mark.parametrize(("low_rank", "rank"), [((False, True), 3.0), ((True, False), 1.0), ((True, True), 3.0)])
+def test_lokr_without_alpha_has_a_strength_of_one(low_rank, rank):
+    own = lokr(*low_rank)
+    tensors = {f"diffusion_model.{Q}.{suffix}": tensor for suffix, tensor in own.items() if suffix != "alpha"}
+    assert parse_keys(tensors, {}, NAMES[2]).adapters[Q]["alpha"].item() == rank
+
+
 # --- PEFT's and diffusers' alphas ---
 
 
