@@ -46,6 +46,8 @@ _PREFIXES = (
     ("model.layers.", "text_encoder.layers.", "bare names"),
     ("layers.", "text_encoder.layers.", "bare names"),
 )
+# ComfyUI's, Kohya's and LyCORIS' names without alpha mean a strength of 1, whatever a config beside them says.
+_PEFT_SPELLINGS = ("PEFT", "diffusers", "bare names")
 _OWN_SUFFIXES = (
     *("lora_down.weight", "lora_up.weight", "alpha", "dora_scale"),
     *(f"lokr_{factor}{part}" for factor in ("w1", "w2") for part in ("", "_a", "_b")),
@@ -112,7 +114,7 @@ def parse_keys(
         spellings[file_key.path] = file_key
     for path, own in adapters.items():
         alpha = None
-        if spellings[path].format in ("diffusers", "PEFT"):
+        if spellings[path].format in _PEFT_SPELLINGS:
             alpha = peft_alpha(spellings[path].spelling, rank_of(tensor_shapes(own)), metadata or {}, peft_config)
         adapters[path] = normalised(path, own, alpha)
     formats = Counter(file_key.format for file_key in spellings.values())

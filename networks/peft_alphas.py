@@ -20,20 +20,16 @@ def peft_alpha(
 ) -> float | None:
     """The alpha of one module, such that its strength is alpha / rank; None where neither place tells it.
 
-    module: as the file spells it. metadata: the file's header, whose JSON has its settings by component
-    ("transformer.lora_alpha"). config: adapter_config.json's contents.
+    module: as the file spells it. metadata: the file's header, whose JSON has its settings by component as a
+    pipeline saves them ("transformer.lora_alpha"), or bare as one model does. config: adapter_config.json's contents.
     """
     module = module.removeprefix(_WRAPPER)
     component, _, inside = module.partition(".")
-    own = {
-        key.removeprefix(f"{component}."): value
-        for key, value in _header_settings(metadata).items()
-        if key.startswith(f"{component}.")
-    }
-    if "lora_alpha" in own:
-        return _alpha(inside, rank, own)
-    if config is not None and "lora_alpha" in config:
-        return _alpha(module, rank, config)
+    header = _header_settings(metadata)
+    own = {key.removeprefix(f"{component}."): value for key, value in header.items() if key.startswith(f"{component}.")}
+    for name, settings in ((inside, own), (module, header), (module, config or {})):
+        if "lora_alpha" in settings:
+            return _alpha(name, rank, settings)
     return None
 
 

@@ -190,6 +190,16 @@ def test_diffusers_alphas_are_in_the_header():
     assert [own["alpha"].item() for own in adapters.values()] == pytest.approx(list(spellings.values()))
 
 
+def test_a_single_diffusers_model_has_bare_names_in_keys_and_header():
+    header = {"r": 2, "lora_alpha": 8, "alpha_pattern": {"ff.net.2": 5}}
+    names = ("transformer_blocks.0.attn1.to_q", "transformer_blocks.1.ff.net.2")
+    tensors = {
+        f"{name}.{s}": t for name in names for s, t in lora(None, names=("lora_A.weight", "lora_B.weight")).items()
+    }
+    adapters = parse_keys(tensors, {"lora_adapter_metadata": json.dumps(header)}, NAMES[2]).adapters
+    assert [own["alpha"].item() for own in adapters.values()] == [8.0, 5.0]
+
+
 def test_pefts_alphas_are_in_its_config():
     config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {r"blocks\.1\.mlp\.layer\d": 3}, "use_rslora": False}
     names = ("blocks.0.mlp.layer1", "blocks.1.mlp.layer2", "llm_adapter.blocks.1.mlp.0")
