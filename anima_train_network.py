@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
 from library.anima_runtime.flow import add_noise, draw_noise, draw_timesteps, velocity_losses
 from library.anima_runtime.prompts import parse_prompt_lines
-from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3
+from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3, plan_qwen3
 from library.anima_runtime.sampling import render
 from library.anima_runtime.text_encoding import CachedTextEncoder, TextEncoder, pad_captions
 from library.anima_runtime.tokenizers import (
@@ -36,6 +36,7 @@ from library.files import write_atomically
 from library.settings import read_settings
 from library.training.interrupts import Interrupted
 from library.training.run import chooses_checkpointing
+from networks.setup import trains_part
 from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
@@ -53,10 +54,10 @@ class AnimaNetworkTrainer(NetworkTrainer):
         check_t5_tokenizer(model.t5_tokenizer_dir)
         self.prompts = parse_prompt_lines(prompts) if prompts is not None else []
 
-    def planned_model(self) -> nn.Module:
-        return AnimaTransformer(self.config)
+    def planned_models(self) -> tuple[nn.Module, nn.Module]:
+        return AnimaTransformer(self.config), plan_qwen3(self.settings.model.qwen)
 
-    def load_models(self) -> nn.Module:
+    def load_models(self) -> tuple[nn.Module, nn.Module]:
         model = self.settings.model
         # Qwen3's activations are not known to stay within fp16.
         text_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
@@ -78,7 +79,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             self.device,
             "on" if self.transformer.gradient_checkpointing else "off",
         )
-        return self.transformer
+        return self.transformer, text_encoder.qwen
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         return self.vae.encode(pixels_BCHW)
@@ -108,7 +109,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         A context is as long as its caption alone would make it, so captions that need more than the least length go
         through the model apart from the others: zero rows are part of the model's input, more of them change a result.
         """
-        states = self.text_encoder.encode(captions)
+        trains_qwen = trains_part(self.network, "text_encoder")
+        states = self.text_encoder.encode(captions, trains_qwen) if trains_qwen else self.text_encoder.encode(captions)
         least = self.settings.model.anima_seq_len
         groups: dict[int, list[int]] = {}
         for row, caption in enumerate(states):
@@ -116,7 +118,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         contexts = []
         for rows in groups.values():
             text = pad_captions([states[row] for row in rows], self.device)
-            with torch.set_grad_enabled(self.network.trains_llm_adapter):
+            with torch.set_grad_enabled(trains_qwen or trains_part(self.network, "llm_adapter")):
                 context = self.transformer.encode_context(*text, min_length=least)
             contexts.append((rows if len(groups) > 1 else slice(None), context))
         return contexts

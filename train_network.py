@@ -5,13 +5,12 @@ A subclass tells it what the model is by filling in the hooks; `anima_train_netw
 
 from __future__ import annotations
 
-import importlib
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +26,6 @@ from library.data.pictures import scan_datasets
 from library.data.summary import describe_data
 from library.errors import SettingError, UserError
 from library.files import write_atomically
-from library.options import split_arguments
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
 from library.training.interrupts import Interrupted, stop_requests
@@ -40,6 +38,16 @@ from library.training.saving import SAVE_DTYPES, epoch_name, is_due, step_name
 from library.training.schedules import make_schedule
 from library.training.states import Resumable, load_state, save_state
 from library.training.trackers import Tracker
+from networks.setup import (
+    attach_network,
+    check_planned,
+    create_network,
+    import_network_module,
+    network_arguments,
+    prove_loadable,
+    save_network,
+    summary_table,
+)
 
 logger = logging.getLogger("train_network")
 
@@ -62,12 +70,12 @@ class NetworkTrainer:
         """Refuses wrong model files by what their headers say, before anything is loaded."""
         raise NotImplementedError
 
-    def planned_model(self) -> nn.Module:
-        """The model whose Linears are adapted, without weights; called on the meta device, after the files' check."""
+    def planned_models(self) -> tuple[nn.Module, nn.Module]:
+        """What `load_models` will return, without weights; called on the meta device, after the files' check."""
         raise NotImplementedError
 
-    def load_models(self) -> nn.Module:
-        """Loads all models, frozen, and returns the one whose Linears are adapted."""
+    def load_models(self) -> tuple[nn.Module, nn.Module]:
+        """Loads all models, frozen, and returns the two that adapters may change: the model and its text encoder."""
         raise NotImplementedError
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
@@ -107,10 +115,12 @@ class NetworkTrainer:
 
         # What can be known to be wrong is found before a model is loaded: settings, model files, pictures.
         network_module = import_network_module(settings.network.network_module)
-        network_arguments = self.network_arguments()
+        arguments = network_arguments(settings.network, settings.given)
         self.check_model_files()
         with torch.device("meta"):
-            self.create_network(network_module, network_arguments, self.planned_model())
+            planned = self.planned_models()
+        planned_network = create_network(settings.network, network_module, arguments, *planned)
+        check_planned(settings.network, planned_network, *planned, settings.data.cache_text_encoder_outputs)
         pictures = scan_datasets(settings.datasets, settings.data.skip_broken_images, show_progress=is_main)
         batch_sizes = [dataset.batch_size for dataset in settings.datasets]
         epoch_steps = steps_per_epoch(pictures, batch_sizes, run.gradient_accumulation_steps, processes)
@@ -119,7 +129,7 @@ class NetworkTrainer:
 
         # Models, latents, adapter, optimizer.
         set_seed(run.seed)
-        model = self.load_models()
+        models = self.load_models()
         latents = None
         if settings.data.cache_latents:
             latents = cache_latents(pictures, self.encode_pixels, settings.data.vae_batch_size, show_progress=is_main)
@@ -130,9 +140,13 @@ class NetworkTrainer:
             workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers,
         )  # fmt: skip
-        self.network = self.attach_network(network_module, network_arguments, model)
-        rate = settings.optimizer.learning_rate
-        parameter_groups = self.network.prepare_optimizer_params(None, None, rate)
+        self.network = create_network(settings.network, network_module, arguments, *models)
+        attach_network(settings.network, self.network, *models, self.device)
+        prove_loadable(self.network, settings.network.adapter_format, *models)
+        parameter_groups = self.network.prepare_optimizer_params(
+            settings.network.text_encoder_lr, settings.network.unet_lr, settings.optimizer.learning_rate
+        )
+        logger.info("%s", summary_table(self.network, parameter_groups))
         optimizer = make_optimizer(settings.optimizer, parameter_groups, self.device)
         schedule = make_schedule(settings.schedule, optimizer, total_steps)
         scaler = torch.amp.GradScaler(self.device.type, enabled=run.mixed_precision == "fp16")
@@ -152,7 +166,7 @@ class NetworkTrainer:
             model_files=self.model_files(),
             file_hashes=start_hashing(self.model_files()) if is_main else {},
             data=describe_data(settings.datasets, pictures),
-            network_args=network_arguments,
+            network_args=arguments,
             num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
             num_epochs=-(-total_steps // epoch_steps),
             max_train_steps=total_steps,
@@ -229,6 +243,8 @@ class NetworkTrainer:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.optimizer.max_grad_norm)
         parts.scaler.step(parts.optimizer)
         parts.scaler.update()
+        if self.settings.network.scale_weight_norms is not None:
+            self.network.apply_max_norm(self.settings.network.scale_weight_norms)
         parts.schedule.step()
         parts.optimizer.zero_grad(set_to_none=True)
         return mean_loss
@@ -249,47 +265,6 @@ class NetworkTrainer:
         torch.distributed.all_reduce(flags)
         return flags.item() > 0
 
-    # --- the adapter ---
-
-    def network_arguments(self) -> dict[str, str]:
-        """network_args as a dictionary, with the settings that stand beside it. SettingError: the two contradict."""
-        arguments = split_arguments("network_args", self.settings.network.network_args)
-        trains = str(self.settings.network.train_llm_adapter).lower()
-        contradicted = arguments.setdefault("train_llm_adapter", trains).lower() != trains
-        if contradicted and "train_llm_adapter" in self.settings.given:
-            raise SettingError(
-                f"train_llm_adapter is {trains}, but network_args says "
-                f"train_llm_adapter={arguments['train_llm_adapter']}: keep one of them"
-            )
-        return arguments
-
-    def create_network(self, module: ModuleType, arguments: dict[str, str], model: nn.Module) -> nn.Module:
-        """The adapter network, new and not attached. SettingError: an argument that cannot be used, or no targets."""
-        chosen = self.settings.network
-        passed = {"multiplier", "network_dim", "network_alpha", "vae", "text_encoder", "unet", "neuron_dropout"}
-        if twice := sorted(passed & arguments.keys()):
-            raise SettingError(f"network_args: {', '.join(twice)} cannot stand here; dim, alpha, dropout are settings")
-        return module.create_network(
-            1.0, chosen.network_dim, chosen.network_alpha, None, None, model,
-            neuron_dropout=chosen.network_dropout, **arguments,
-        )  # fmt: skip
-
-    def attach_network(self, module: ModuleType, arguments: dict[str, str], model: nn.Module) -> nn.Module:
-        """Builds the adapter network, attaches it to the model and moves it to the device, in float32."""
-        chosen = self.settings.network
-        network = self.create_network(module, arguments, model)
-        if chosen.network_weights is not None:
-            network.load_weights(chosen.network_weights)
-        network.apply_to(None, model, False, True)
-        network.to(self.device, torch.float32)
-        parameters = list(network.parameters())
-        logger.info(
-            "adapter: %s on %d modules, rank %d, alpha %g, %d parameters",
-            chosen.network_module, len(network.adapters), chosen.network_dim, chosen.network_alpha,
-            sum(parameter.numel() for parameter in parameters),
-        )  # fmt: skip
-        return network
-
     def skip_finished_epoch(self, epoch_steps: int) -> None:
         """Starts the next epoch where the running one has no steps left, because it has become shorter."""
         if self.state.step_in_epoch >= epoch_steps:
@@ -303,23 +278,27 @@ class NetworkTrainer:
     # --- files ---
 
     def save(self, name: str, with_state: bool) -> None:
-        """Writes <name>.safetensors and, where asked, the folder <name>-state; by the main process."""
+        """Writes <name>.safetensors, each further format beside it, and, where asked, the folder <name>-state.
+
+        The main process does so alone.
+        """
         if not self.accelerator.is_main_process:
             return
         saving = self.settings.saving
-        path = saving.output_dir / f"{name}.safetensors"
         metadata = None if saving.no_metadata else self.metadata()
-
-        def write(file: Path) -> None:
-            self.network.save_weights(file, SAVE_DTYPES[saving.save_precision], metadata)
-            fill_hashes(file)
-
-        write_atomically(path, write)
-        logger.info("saved %s", path.resolve())
+        for number, file_format in enumerate(self.settings.network.adapter_format):
+            path = saving.output_dir / (f"{name}-{file_format}.safetensors" if number else f"{name}.safetensors")
+            write_atomically(path, partial(self.write_adapter, file_format=file_format, metadata=metadata))
+            logger.info("saved %s", path.resolve())
         if with_state:
             folder = saving.output_dir / f"{name}-state"
             save_state(folder, self.parts, self.state)
             logger.info("saved %s", folder.resolve())
+
+    def write_adapter(self, file: Path, file_format: str, metadata: dict[str, str] | None) -> None:
+        """The adapter file with the hashes of its own bytes."""
+        save_network(self.network, file, SAVE_DTYPES[self.settings.saving.save_precision], metadata, file_format)
+        fill_hashes(file)
 
     def metadata(self) -> dict[str, str]:
         """What the adapter, as it now is, says about its making."""
@@ -350,17 +329,6 @@ class NetworkTrainer:
         except torch.OutOfMemoryError:
             logger.warning("sample pictures left out: out of GPU memory; give the prompts a lower --w and --h")
         self.network.train()
-
-
-def import_network_module(name: str) -> ModuleType:
-    """The module that network_module names. SettingError: there is none, or it builds no networks."""
-    try:
-        module = importlib.import_module(name)
-    except (ImportError, ValueError) as error:
-        raise SettingError(f"network_module: {name!r} cannot be imported ({error}); use networks.lora_anima") from error
-    if not hasattr(module, "create_network"):
-        raise SettingError(f"network_module: {name!r} has no create_network; use networks.lora_anima")
-    return module
 
 
 def out_of_memory_message(batches: list[Batch]) -> str:

@@ -93,6 +93,13 @@ class Adapter(nn.Module):
             merged = merged * (self.dora_scale / self.base_norm[:, None])
         return merged
 
+    def get_extra_state(self) -> Tensor:
+        """alpha goes into a training state with the weights: it sets their strength."""
+        return torch.tensor(self.alpha, dtype=torch.float32)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.alpha = float(state)
+
     # --- DoRA (Liu et al., 2024, "Weight-Decomposed Low-Rank Adaptation"), in ComfyUI's arithmetic ---
 
     def enable_dora(self, linear: nn.Linear) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from library.errors import SettingError
+from library.errors import SettingError, did_you_mean
 from library.options import Option, option, options_of
+from library.values import convert, takes_several
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,8 @@ _PREFIXED = {f"lokr_{name}": name for name in ("rank_dropout", "module_dropout",
 _LOKR_ONLY = ("factor", "full_matrix", "decompose_both")
 
 
-def read_arguments(given: Mapping[str, Any], adapter_type: str) -> NetworkArguments:
-    """Typed arguments from text or values; adapter_type is "lora", "lokr" or "loha".
+def read_arguments(given: Mapping[str, Any], adapter_type: str | None) -> NetworkArguments:
+    """Typed arguments from text or values; adapter_type is "lora", "lokr", "loha", or None where a file decides it.
 
     Raises SettingError for an unknown name, two spellings of one, a wrong type, or one without effect on the type.
     """
@@ -56,9 +55,8 @@ def read_arguments(given: Mapping[str, Any], adapter_type: str) -> NetworkArgume
     for name, value in given.items():
         known = options.get(name)
         if known is None:
-            near = difflib.get_close_matches(name, options, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it takes {', '.join(options)}"
-            raise SettingError(f"network_args: networks.{adapter_type}_anima has no argument {name!r}; {hint}")
+            hint = did_you_mean(name, options) or f"; it takes {', '.join(options)}"
+            raise SettingError(f"network_args: networks.{adapter_type}_anima has no argument {name!r}{hint}")
         if known.name in values:
             raise SettingError(f"network_args: {known.name} is given twice, once as {name}")
         values[known.name] = _converted(known, value)
@@ -68,17 +66,10 @@ def read_arguments(given: Mapping[str, Any], adapter_type: str) -> NetworkArgume
 
 
 def _converted(known: Option, value: Any) -> Any:
-    expected = typing.get_args(known.type)[0] if type(None) in typing.get_args(known.type) else known.type
-    if typing.get_origin(expected) is tuple:
-        return tuple(_items(value))
-    text = str(value).strip()
     try:
-        if expected is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return expected(text)
-    except (ValueError, KeyError) as error:
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[expected]
-        raise SettingError(f"network_args: {known.name} = {text!r} is not {wanted}") from error
+        return convert(known, _items(value) if takes_several(known) else value)
+    except ValueError as error:
+        raise SettingError(f"network_args: {known.name} = {value!r}: {error}") from error
 
 
 def _items(value: Any) -> list[str]:
@@ -98,7 +89,7 @@ def _check(arguments: NetworkArguments, adapter_type: str, given: Mapping[str, A
     for name in ("rank_dropout", "module_dropout"):
         if not 0 <= getattr(arguments, name) < 1:
             raise SettingError(f"network_args: {name} = {getattr(arguments, name)} is not a chance from 0 to below 1")
-    foreign = [name for name in _LOKR_ONLY if name in given and adapter_type != "lokr"]
+    foreign = [name for name in _LOKR_ONLY if name in given and adapter_type not in ("lokr", None)]
     if foreign:
         raise SettingError(f"network_args: {', '.join(foreign)} belongs to networks.lokr_anima, not {adapter_type}")
     if arguments.rank_dropout_scale and adapter_type == "lora":

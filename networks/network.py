@@ -1,38 +1,40 @@
-"""A network of adapters: attached to a model's Linears, trained, saved and loaded together."""
+"""A network of adapters: attached to a model's modules, trained, saved and loaded together."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from library.errors import ModelFileError
-from library.files import write_atomically
-from networks.key_formats import first_ten, from_comfy, to_comfy
-
-logger = logging.getLogger(__name__)
-
-LLM_ADAPTER_PREFIX = "llm_adapter."
+from library.errors import ModelFileError, first_ten
+from networks.adapter import Adapter
+from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
+from networks.adapter_types import Adapters
+from networks.arguments import NO_ARGUMENTS, NetworkArguments, by_pattern
+from networks.norm import NormDelta
+from networks.patterns import value_for
+from networks.targets import LLM_ADAPTER_PREFIX, TEXT_ENCODER_PREFIX, named_modules
 
 
 class AdapterNetwork(nn.Module):
-    """Adapters by the dotted path of the Linear each one changes.
+    """Adapters by the dotted path of the module each one changes.
 
     They are submodules under that same path, so `state_dict()` names a tensor
     "blocks.0.self_attn.q_proj.lora_down.weight", and `parameters()` is everything that trains.
     The model they are attached to is not owned: its parameters appear nowhere in this module.
     """
 
-    def __init__(self, adapters: Mapping[str, nn.Module], multiplier: float = 1.0) -> None:
+    def __init__(
+        self, adapters: Mapping[str, Adapter], multiplier: float = 1.0, arguments: NetworkArguments = NO_ARGUMENTS
+    ) -> None:
         super().__init__()
         self.adapters = dict(adapters)
         self.multiplier = multiplier
+        self.arguments = arguments
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for path, adapter in adapters.items():
             _add_under_path(self, path, adapter)
@@ -40,21 +42,22 @@ class AdapterNetwork(nn.Module):
     # --- attachment ---
 
     def apply_to(
-        self, text_encoder: Any, unet: nn.Module, apply_text_encoder: bool = False, apply_unet: bool = True
+        self, text_encoder: nn.Module | None, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True
     ) -> None:
-        """Attaches every adapter to its Linear of `unet`, the transformer; the name and order are Kohya's.
+        """Attaches every adapter to its module of `unet`, the transformer, or of Qwen3; name and order are Kohya's.
 
-        From then on the Linear's output passes through the adapter. The Linear itself is not replaced.
+        From then on the module's output passes through the adapter. The module itself is not replaced.
         """
-        modules = dict(unet.named_modules())
+        modules = named_modules(unet, text_encoder)
         missing = [path for path in self.adapters if path not in modules]
         if missing:
             raise ModelFileError(f"the model has no such module for the adapter: {first_ten(missing)}")
         for path, adapter in self.adapters.items():
-            self._hooks.append(modules[path].register_forward_hook(self._hook(adapter)))
+            if apply_text_encoder if path.startswith(TEXT_ENCODER_PREFIX) else apply_unet:
+                self._hooks.append(modules[path].register_forward_hook(self._hook(adapter)))
 
-    def _hook(self, adapter: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def run_adapter(linear: nn.Module, inputs: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
+    def _hook(self, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def run_adapter(module: nn.Module, inputs: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
             if self.multiplier == 0:
                 return base_output
             output = adapter(inputs[0], base_output)
@@ -77,66 +80,119 @@ class AdapterNetwork(nn.Module):
         finally:
             self.multiplier = multiplier
 
+    @torch.no_grad()
+    def merge_to(self, text_encoder: nn.Module | None, unet: nn.Module, *_: Any) -> None:
+        """Adds the adapters to the model's weights for good: summed in float32 and rounded once."""
+        modules = named_modules(unet, text_encoder)
+        for path, adapter in self.adapters.items():
+            weight = modules[path].weight
+            original = weight.float()
+            merged = adapter.to(weight.device).merged(original)
+            weight.copy_(torch.lerp(original, merged, self.multiplier))
+
     # --- training ---
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float
     ) -> list[dict[str, Any]]:
-        """Parameter groups for an optimizer: the transformer's adapters, then the LLM adapter's; names for the logs."""
-        rate = learning_rate if unet_lr is None else unet_lr
-        parts: dict[str, list[nn.Parameter]] = {"transformer": [], "llm_adapter": []}
-        for path, adapter in self.adapters.items():
-            part = "llm_adapter" if path.startswith(LLM_ADAPTER_PREFIX) else "transformer"
-            parts[part].extend(adapter.parameters())
-        return [{"name": name, "lr": rate, "params": parameters} for name, parameters in parts.items() if parameters]
+        """Parameter groups for an optimizer, with names for the curves; each rate as far as given, else learning_rate.
 
-    @property
-    def trains_llm_adapter(self) -> bool:
-        return any(path.startswith(LLM_ADAPTER_PREFIX) for path in self.adapters)
+        A group holds the parameters of one part (transformer, llm_adapter, text_encoder) that learn at one rate:
+        network_reg_lrs and loraplus_lr_ratio make more of them. Rate 0 leaves a part out.
+        """
+        rates = {
+            "transformer": unet_lr,
+            "llm_adapter": unet_lr if self.arguments.llm_adapter_lr is None else self.arguments.llm_adapter_lr,
+            "text_encoder": text_encoder_lr,
+        }
+        groups: dict[tuple[str, float], list[nn.Parameter]] = {}
+        for path, adapter in self.adapters.items():
+            part = part_of(path)
+            base = learning_rate if rates[part] is None else rates[part]
+            rate = value_for(path, by_pattern("network_reg_lrs", self.arguments.network_reg_lrs, float), base)
+            for name, parameter in adapter.named_parameters():
+                faster = self.arguments.loraplus_lr_ratio if name in adapter.output_side else None
+                groups.setdefault((part, rate * (faster or 1.0)), []).append(parameter)
+        return [
+            {"name": name, "lr": rate, "params": parameters}
+            for (name, rate), parameters in _numbered(groups).items()
+            if rate > 0
+        ]
+
+    def trains(self, part: str) -> bool:
+        """Whether any adapter belongs to "transformer", "llm_adapter" or "text_encoder"."""
+        return any(part_of(path) == part for path in self.adapters)
+
+    @torch.no_grad()
+    def apply_max_norm(self, limit: float) -> None:
+        """Shrinks every Linear's delta that is longer than `limit` (Frobenius norm) to it; nothing is read back."""
+        for adapter in self.adapters.values():
+            if not isinstance(adapter, NormDelta):
+                adapter.limit_norm(limit)
 
     # --- files ---
 
-    def export(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The adapter in ComfyUI's names, on the CPU; alpha stays float32 (100000 would be inf in fp16)."""
-        tensors = to_comfy({path: adapter.tensors() for path, adapter in self.adapters.items()})
-        return {
-            key: tensor.to("cpu", torch.float32 if key.endswith(".alpha") else dtype or tensor.dtype).contiguous()
-            for key, tensor in tensors.items()
-        }
+    def adapter_tensors(self) -> Adapters:
+        """{module path: {suffix: tensor}}, as it is now."""
+        return {path: adapter.tensors() for path, adapter in self.adapters.items()}
 
-    def save_weights(self, file: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None) -> None:
+    def export(self, file_format: str = "comfy") -> dict[str, Tensor]:
+        """The tensors of a file of that format, float32 on the CPU."""
+        return export_tensors(self.adapter_tensors(), file_format, None)
+
+    def save_weights(
+        self,
+        file: str | Path,
+        dtype: torch.dtype | None,
+        metadata: dict[str, str] | None,
+        file_format: str = "comfy",
+    ) -> None:
         """Writes the adapter as safetensors; the file is complete under its name or not there."""
-        tensors = self.export(dtype)
-        write_atomically(Path(file), lambda path: save_file(tensors, path, metadata=metadata))
+        save_adapter_file(Path(file), self.adapter_tensors(), file_format, dtype, metadata)
 
-    def load_weights(self, file: str | Path) -> None:
-        """Takes over an adapter file in ComfyUI's names; it must hold the very modules and shapes of this network.
+    def load_weights(self, file: str | Path, allow_partial: bool = False) -> None:
+        """Takes over an adapter file of any readable format, see `read_weights`. What the file lacks stays as it is."""
+        for path, tensors in self.read_weights(file, allow_partial).items():
+            self.adapters[path].load_tensors(tensors)
 
-        Raises ModelFileError naming the first ten missing, extra or mis-shaped tensors.
+    def read_weights(self, file: str | Path, allow_partial: bool = False) -> Adapters:
+        """An adapter file that fits this network.
+
+        Raises ModelFileError naming what of the file finds no place here: modules, or tensors of other shapes. With
+        allow_partial modules without a place are left out with a warning.
         """
-        given = from_comfy(load_file(file), str(file))
-        problems = list(self._differences(given))
-        if problems:
-            raise ModelFileError(f"{file} does not fit this network:\n  " + "\n  ".join(problems))
-        for path, adapter in self.adapters.items():
-            adapter.load_tensors(given[path])
-
-    def _differences(self, given: Mapping[str, Mapping[str, Tensor]]) -> Iterator[str]:
-        missing = [path for path in self.adapters if path not in given]
-        extra = [path for path in given if path not in self.adapters]
-        if missing:
-            yield f"missing modules: {first_ten(missing)}"
-        if extra:
-            yield f"modules without an adapter here: {first_ten(extra)}"
-        misfits = []
-        for path in self.adapters.keys() & given.keys():
-            own = {suffix: tuple(tensor.shape) for suffix, tensor in self.adapters[path].tensors().items()}
-            theirs = {suffix: tuple(tensor.shape) for suffix, tensor in given[path].items()}
-            own["alpha"] = theirs.get("alpha", own["alpha"])
-            if {"alpha": own["alpha"], **theirs} != own:
-                misfits.append(f"{path} has {theirs}, expected {own}")
+        shapes = {path: adapter.weight_shape for path, adapter in self.adapters.items()}
+        given, _ = load_adapter_file(Path(file), shapes, allow_partial)
+        misfits = [f"{path}: {problem}" for path in given if (problem := self._misfit(path, given[path]))]
         if misfits:
-            yield f"mis-shaped: {first_ten(sorted(misfits))}"
+            raise ModelFileError(
+                f"{file} does not fit this network (dim_from_weights builds one that it fits): {first_ten(misfits)}"
+            )
+        return given
+
+    def _misfit(self, path: str, given: Mapping[str, Tensor]) -> str | None:
+        own = {suffix: tuple(tensor.shape) for suffix, tensor in self.adapters[path].tensors().items()}
+        theirs = {suffix: tuple(tensor.shape) for suffix, tensor in given.items()}
+        if {"alpha": (), **theirs} == {"alpha": (), **own}:
+            return None
+        return f"it has {theirs}, expected {own}"
+
+
+def part_of(path: str) -> str:
+    """Which part of the model a module path belongs to: "transformer", "llm_adapter" or "text_encoder"."""
+    if path.startswith(TEXT_ENCODER_PREFIX):
+        return "text_encoder"
+    return "llm_adapter" if path.startswith(LLM_ADAPTER_PREFIX) else "transformer"
+
+
+def _numbered(groups: Mapping[tuple[str, float], list[nn.Parameter]]) -> dict[tuple[str, float], list[nn.Parameter]]:
+    """Group names made unique: the second of "transformer" is "transformer_2"."""
+    seen: dict[str, int] = {}
+    named = {}
+    for (part, rate), parameters in groups.items():
+        seen[part] = seen.get(part, 0) + 1
+        named[part if seen[part] == 1 else f"{part}_{seen[part]}", rate] = parameters
+    return named
 
 
 def _add_under_path(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import anima_train_network
 from anima_train_network import AnimaNetworkTrainer, main
+from networks import lora_anima
 from train_network import NetworkTrainer
 
 
@@ -96,7 +97,7 @@ def test_a_run_writes_the_adapter_its_steps_and_epochs_with_metadata(config, tmp
         assert (file.metadata()["ss_steps"], file.metadata()["ss_epoch"]) == ("12", "1")
 
     tensors = adapter(tmp_path)
-    assert len(tensors) == 3 * 40
+    assert len(tensors) == 3 * 40 + 24
     ups = [tensor for key, tensor in tensors.items() if key.endswith("lora_up.weight")]
     assert all(tensor.dtype == torch.bfloat16 and tensor.abs().max() > 0 for tensor in ups)
     assert list((tmp_path / "logs").glob("tiny_*/events.*"))
@@ -212,7 +213,7 @@ def test_an_interrupted_run_saves_and_can_go_on(config, tmp_path, losses, monkey
     said = capsys.readouterr().err
     assert f'stopped at step 3 of 6; go on with --resume "{state}"' in said
     assert "error" not in said
-    assert "lora_up" in next(iter(sorted(adapter(tmp_path, "tiny-step00000003"), reverse=True)))
+    assert any("lora_up" in key for key in adapter(tmp_path, "tiny-step00000003"))
     assert main(config(max_train_steps=6, resume=state)) == 0
     assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
     assert main(config(max_train_steps=3, resume=state)) == 1
@@ -292,8 +293,7 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     main(config())
     (trainer,) = trainers
     trainer.check_model_files()
-    trainer.load_models()
-    trainer.network = trainer.attach_network(__import__("networks.lora_anima", fromlist=["x"]), {}, trainer.transformer)
+    trainer.network = lora_anima.create_network(1.0, 4, 1.0, None, None, trainer.load_models()[0])
     short, long = "a red square", "a red square " * 300
     rows = {}
     for indices, context in trainer.contexts([short, long, short]):
@@ -325,7 +325,7 @@ def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(co
 
 def test_the_llm_adapter_can_be_left_out(config, tmp_path):
     main(config(train_llm_adapter=False))
-    assert len(adapter(tmp_path)) == 3 * 20
+    assert len(adapter(tmp_path)) == 3 * 20 + 9
     assert not any("llm_adapter" in key for key in adapter(tmp_path))
 
 
@@ -348,7 +348,7 @@ def test_empty_captions_train_alone_and_in_batches(config, losses):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"network_args": ["target_modules=query"]}, "'query' matches no Linear"),
+        ({"network_args": ["target_modules=query"]}, "'query' matches nothing"),
         ({"network_args": ["target_modul=q_proj"]}, "no argument 'target_modul'"),
         ({"network_args": ["network_dim=8"]}, "network_args: network_dim cannot stand here"),
         ({"network_module": "networks.lora"}, "has no create_network"),

@@ -12,7 +12,6 @@ from library.anima_runtime.sampling import SampleSettings
 from library.anima_runtime.settings import ModelSettings
 from library.data.dataset import Batch
 from library.data.settings import DataSettings
-from library.errors import SettingError
 from library.settings import Settings
 from library.training.optimizers import OptimizerSettings
 from library.training.run import RunSettings, RunState
@@ -21,7 +20,7 @@ from library.training.schedules import ScheduleSettings
 from library.training.states import Resumable
 from library.training.trackers import LoggingSettings
 from networks.settings import NetworkSettings
-from train_network import NetworkTrainer, import_network_module, out_of_memory_message
+from train_network import NetworkTrainer, out_of_memory_message
 
 
 def make_settings(**groups) -> Settings:
@@ -93,30 +92,6 @@ def test_the_reported_loss_is_that_mean():
 def test_gradients_are_clipped_over_the_whole_step():
     settings = make_settings(optimizer=OptimizerSettings(max_grad_norm=0.5))
     assert ToyTrainer(settings).moved(make_batch([30.0]), make_batch([10.0])) == pytest.approx(0.5)
-
-
-def test_the_llm_adapter_switch_reaches_the_network_and_must_not_contradict():
-    arguments = ToyTrainer(make_settings(network=NetworkSettings(train_llm_adapter=False))).network_arguments()
-    assert arguments == {"train_llm_adapter": "false"}
-
-    both = NetworkSettings(train_llm_adapter=False, network_args=("train_llm_adapter=true",))
-    with pytest.raises(SettingError, match="train_llm_adapter is false, but network_args says train_llm_adapter=true"):
-        ToyTrainer(make_settings(network=both, given={"train_llm_adapter": None})).network_arguments()
-
-    only_argument = NetworkSettings(network_args=("train_llm_adapter=false", "target_modules=q_proj"))
-    assert ToyTrainer(make_settings(network=only_argument)).network_arguments() == {
-        "train_llm_adapter": "false",
-        "target_modules": "q_proj",
-    }
-
-
-def test_network_modules_are_checked():
-    with pytest.raises(SettingError, match=r"network_module: 'networks\.lora_anmia' cannot be imported"):
-        import_network_module("networks.lora_anmia")
-    with pytest.raises(SettingError, match="network_module: '' cannot be imported"):
-        import_network_module("")
-    with pytest.raises(SettingError, match="'json' has no create_network"):
-        import_network_module("json")
 
 
 def test_out_of_memory_names_the_batch_and_three_remedies():

@@ -44,6 +44,14 @@ def check_qwen_file(path: Path) -> None:
     match_tensors(path, _plan_single_file(path), _own_name, _WHAT)
 
 
+def plan_qwen3(path: Path) -> Qwen3Model:
+    """The model of these files, without weights, on the meta device; the files must have passed `check_qwen_file`."""
+    if not path.is_dir():
+        return _plan_single_file(path)
+    with torch.device("meta"):
+        return Qwen3Model(Qwen3Config.from_pretrained(path, local_files_only=True))
+
+
 def _own_name(name: str) -> str | None:
     """Qwen3Model's name of a tensor; the language head is left out: only hidden states are used."""
     return None if name == "lm_head.weight" else name.removeprefix("model.")

@@ -55,12 +55,13 @@ class TextEncoder:
         self.qwen_tokenizer = qwen_tokenizer
         self.t5_tokenizer = t5_tokenizer
 
-    @torch.no_grad()  # not inference_mode: the states take part in a graph when the LLM adapter is trained
-    def encode(self, captions: Sequence[str]) -> list[CaptionStates]:
+    def encode(self, captions: Sequence[str], with_gradient: bool = False) -> list[CaptionStates]:
         """The states of each caption, on Qwen3's device and in its dtype; the same alone as in any batch."""
         states: list[CaptionStates] = []
-        for start in range(0, len(captions), _BATCH_SIZE):
-            states += self._encode_batch(captions[start : start + _BATCH_SIZE])
+        # Not inference_mode: the states take part in a graph when the LLM adapter is trained.
+        with torch.set_grad_enabled(with_gradient):
+            for start in range(0, len(captions), _BATCH_SIZE):
+                states += self._encode_batch(captions[start : start + _BATCH_SIZE])
         return states
 
     def _encode_batch(self, captions: Sequence[str]) -> list[CaptionStates]:

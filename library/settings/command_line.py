@@ -13,7 +13,7 @@ from library.options import Option
 from library.settings.entries import COMMAND_LINE, Entry
 from library.settings.groups import by_spelling, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT
-from library.settings.values import is_bool, takes_several
+from library.values import is_bool, takes_several
 
 
 @dataclass(frozen=True)

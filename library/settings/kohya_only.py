@@ -28,7 +28,6 @@ NO_EFFECT: dict[str, str] = {
 FIXED: dict[str, tuple[Any, ...]] = {
     "save_model_as": ("safetensors",),
     "sdpa": (True, False),
-    "network_train_unet_only": (True, False),
     "full_bf16": (False,),
     "full_fp16": (False,),
     "fp8_base": (False,),

@@ -10,7 +10,7 @@ from library.options import Option
 from library.settings.entries import Entry, Given
 from library.settings.groups import by_spelling, dataset_options, run_options, subset_options, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT, is_fixed_value
-from library.settings.values import convert
+from library.values import convert
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,10 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "network_dim": (1, None),
     "network_alpha": (0, None),
     "network_dropout": (0, 1),
+    "unet_lr": (0, None),
+    "llm_adapter_lr": (0, None),
+    "text_encoder_lr": (0, None),
+    "scale_weight_norms": (1e-6, None),
     "vae_batch_size": (1, None),
     "max_data_loader_n_workers": (0, None),
     "num_repeats": (1, None),
@@ -136,10 +140,18 @@ def optimizer(settings: Settings) -> Iterator[str]:
 
 
 def files_to_start_from(settings: Settings) -> Iterator[str]:
-    """Adapter file and state folder are there."""
-    weights, resume = settings.network.network_weights, settings.run.resume
+    """Adapter files and state folder are there."""
+    network, resume = settings.network, settings.run.resume
+    weights = network.network_weights
     if weights is not None and not weights.is_file():
         yield f"{_origin(settings, 'network_weights')}: there is no file {weights}"
+    if network.dim_from_weights and weights is None:
+        yield f"{_origin(settings, 'dim_from_weights')} needs network_weights: the adapter file to take them from"
+    for file in network.base_weights:
+        if not Path(file).is_file():
+            yield f"{_origin(settings, 'base_weights')}: there is no file {file}"
+    if len(network.base_weights_multiplier) > len(network.base_weights):
+        yield f"{_origin(settings, 'base_weights_multiplier')}: more numbers than base_weights has files"
     if resume is not None and not resume.is_dir():
         yield f"{_origin(settings, 'resume')}: there is no folder {resume}; give a state folder (…-state)"
     elif resume is not None and not (resume / "run_state.json").is_file():
@@ -217,6 +229,12 @@ def _warn_of_no_effect(settings: Settings) -> None:
 
 def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     data, schedule, run, sampling = settings.data, settings.schedule, settings.run, settings.sampling
+    network = settings.network
+    if network.dim_from_weights:
+        for name in ("network_dim", "network_alpha", "network_dropout"):
+            yield name, "dim_from_weights takes it from network_weights"
+    if network.network_weights is None and not network.base_weights:
+        yield "allow_partial_weights", "neither network_weights nor base_weights is set"
     if not data.cache_latents:
         yield "vae_batch_size", "it is for cache_latents, which is off"
     if data.max_data_loader_n_workers == 0 and data.persistent_data_loader_workers:

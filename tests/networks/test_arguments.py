@@ -36,9 +36,9 @@ def test_other_spellings(spelling, name, adapter_type):
     [
         ({"facto": "4"}, "lokr", "no argument 'facto'; did you mean factor"),
         ({"factor": "4"}, "lora", "factor belongs to networks.lokr_anima"),
-        ({"factor": "four"}, "lokr", "factor = 'four' is not a whole number"),
+        ({"factor": "four"}, "lokr", "factor = 'four': expected a whole number"),
         ({"factor": "0"}, "lokr", "factor = 0"),
-        ({"train_norm": "maybe"}, "lora", "train_norm = 'maybe' is not true or false"),
+        ({"train_norm": "maybe"}, "lora", "train_norm = 'maybe': expected true or false"),
         ({"rank_dropout": "1"}, "lora", "rank_dropout = 1.0 is not a chance"),
         ({"rank_dropout_scale": "true"}, "lora", "rank_dropout_scale belongs to LoKr and LoHa"),
         ({"loraplus_lr_ratio": "0"}, "lora", "loraplus_lr_ratio = 0.0"),

@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from networks.adapter import NO_DROPOUT, Dropouts
 from networks.lora import LoRA
 
 
-def random_lora(rank=4, alpha=2.0, dropout=0.0) -> LoRA:
+def random_lora(rank=4, alpha=2.0, dropout=NO_DROPOUT) -> LoRA:
     torch.manual_seed(0)
     adapter = LoRA(24, 40, rank, alpha, dropout)
     nn.init.normal_(adapter.lora_up.weight)
@@ -75,7 +76,7 @@ def test_gradients_equal_those_of_the_dense_delta_in_float64():
 
 
 def test_dropout_acts_in_training_only():
-    adapter = random_lora(dropout=0.5)
+    adapter = random_lora(dropout=Dropouts(neuron=0.5))
     x, base = torch.randn(64, 24), torch.zeros(64, 40)
     assert not torch.equal(adapter.train()(x, base), adapter(x, base))
     torch.testing.assert_close(adapter.eval()(x, base), x @ adapter.delta_weight().T)

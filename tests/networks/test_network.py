@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from library.anima_runtime.config import AnimaConfig, LLMAdapterConfig
 from library.anima_runtime.transformer import AnimaTransformer
 from library.errors import ModelFileError, SettingError
-from networks.lora_anima import create_network, create_network_from_weights
+from networks import loha_anima, lokr_anima, lora_anima
+from networks.lora_anima import create_network_from_weights
 from networks.network import AdapterNetwork
 
 CONFIG = AnimaConfig(
@@ -31,9 +32,9 @@ def model() -> AnimaTransformer:
     return transformer
 
 
-def make_network(model, rank=4, alpha=2.0, **arguments) -> AdapterNetwork:
+def make_network(model, rank=4, alpha=2.0, module=lora_anima, **arguments) -> AdapterNetwork:
     torch.manual_seed(1)
-    return create_network(1.0, rank, alpha, None, None, model, **arguments)
+    return module.create_network(1.0, rank, alpha, None, None, model, **arguments)
 
 
 def randomised(network: AdapterNetwork) -> AdapterNetwork:
@@ -70,14 +71,24 @@ def expected_modules(depth: int, adapter_depth: int) -> set[str]:
     return names
 
 
-def test_the_real_sizes_have_280_and_60_targets():
+def expected_norms(depth: int, adapter_depth: int) -> set[str]:
+    """Every norm weight, spelled out from the checkpoint's names."""
+    heads = [f"{attention}.{norm}" for attention in ("self_attn", "cross_attn") for norm in ("q_norm", "k_norm")]
+    names = {"t_embedding_norm", "llm_adapter.norm"} | {f"blocks.{i}.{norm}" for i in range(depth) for norm in heads}
+    for norm in (*heads, "norm_self_attn", "norm_cross_attn", "norm_mlp"):
+        names |= {f"llm_adapter.blocks.{j}.{norm}" for j in range(adapter_depth)}
+    return names
+
+
+def test_the_real_sizes_have_280_and_60_targets_and_156_norms():
     real = AnimaConfig(16, 2, 2048, 28, 128, 8192, 1024, 256, LLMAdapterConfig(32128, 1024, 6, 64, 4096, 1024, 1024))
     with torch.device("meta"):
         model = AnimaTransformer(real)
         network = make_network(model)
-        assert set(network.adapters) == expected_modules(28, 6)
-        assert len(network.adapters) == 280 + 60
-        assert len(make_network(model, train_llm_adapter="false").adapters) == 280
+        assert set(network.adapters) == expected_modules(28, 6) | expected_norms(28, 6)
+        assert (len(expected_modules(28, 6)), len(expected_norms(28, 6))) == (280 + 60, 156)
+        assert len(make_network(model, train_llm_adapter="false", train_norm="false").adapters) == 280
+        assert len(make_network(model, train_llm_adapter="false").adapters) == 280 + 28 * 4 + 1
 
 
 def test_the_exported_keys_are_comfyuis(model, tmp_path):
@@ -86,7 +97,7 @@ def test_the_exported_keys_are_comfyuis(model, tmp_path):
         f"diffusion_model.{module}.{suffix}"
         for module in expected_modules(2, 2)
         for suffix in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
+    } | {f"diffusion_model.{norm}.w_norm" for norm in expected_norms(2, 2)}
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert set(file.keys()) == expected
         assert file.metadata() == {"ss_steps": "1"}
@@ -109,6 +120,8 @@ def test_base_plus_the_files_delta_equals_the_live_model(model, tmp_path, alpha,
             up, down = tensors[f"{key}.lora_up.weight"], tensors[f"{key}.lora_down.weight"]
             assert tensors[f"{key}.alpha"].item() / down.shape[0] == pytest.approx(scale)
             weights[f"{module}.weight"] += tensors[f"{key}.alpha"] / down.shape[0] * (up @ down)
+        for norm in expected_norms(2, 2):
+            weights[f"{norm}.weight"] += tensors[f"diffusion_model.{norm}.w_norm"]
     merged = run(model)
 
     assert (live - base).norm() / base.norm() > 0.1
@@ -125,7 +138,7 @@ def test_the_adapter_trains_and_the_base_does_not_move(model):
         run(model).square().mean().backward()
         optimizer.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    still = [name for name, tensor in network.state_dict().items() if torch.equal(tensor, start[name])]
+    still = [name for name, tensor in network.named_parameters() if torch.equal(tensor, start[name])]
     assert still == []
 
 
@@ -134,19 +147,26 @@ def test_the_parameters_are_all_there_and_nothing_else(model):
     network = make_network(model)
     network.apply_to(None, model)
     names = {f"{module}.{part}.weight" for module in expected_modules(2, 2) for part in ("lora_down", "lora_up")}
-    assert set(network.state_dict()) == names
+    names |= {f"{norm}.w_norm" for norm in expected_norms(2, 2)}
+    assert {name for name in network.state_dict() if not name.endswith("_extra_state")} == names
     assert {name for name, _ in network.named_parameters()} == names
     in_groups = [p for group in network.prepare_optimizer_params(None, None, 1.0) for p in group["params"]]
     assert {id(p) for p in in_groups} == {id(p) for p in network.parameters()}
     assert len(in_groups) == len(names)
 
 
+def test_a_state_brings_alpha_back(model):
+    other = make_network(model, alpha=3.0)
+    other.load_state_dict(make_network(model, alpha=8.0).state_dict())
+    assert other.adapters["blocks.0.mlp.layer1"].scale == 8.0 / 4
+
+
 def test_the_llm_adapter_is_a_group_of_its_own_and_can_be_left_out(model):
     groups = make_network(model).prepare_optimizer_params(None, None, 1.0)
-    assert {group["name"]: len(group["params"]) for group in groups} == {"transformer": 40, "llm_adapter": 40}
+    assert {group["name"]: len(group["params"]) for group in groups} == {"transformer": 49, "llm_adapter": 55}
     without = make_network(model, train_llm_adapter=False)
     assert [group["name"] for group in without.prepare_optimizer_params(None, None, 1.0)] == ["transformer"]
-    assert not without.trains_llm_adapter
+    assert not without.trains("llm_adapter")
 
 
 def test_disabled_equals_base_and_detach_restores_it(model):
@@ -200,25 +220,34 @@ def test_a_saved_file_loads_into_the_same_network_and_rebuilds_one(model, tmp_pa
     fresh.load_weights(tmp_path / "a.safetensors")
     rebuilt, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, None, model)
     for other in (fresh, rebuilt):
-        assert {path: adapter.alpha for path, adapter in other.adapters.items()} == dict.fromkeys(network.adapters, 7.0)
+        assert {path: adapter.alpha for path, adapter in other.adapters.items()} == {
+            path: adapter.alpha for path, adapter in network.adapters.items()
+        }
         assert other.state_dict().keys() == network.state_dict().keys()
         assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in other.state_dict().items())
 
 
 def test_a_file_that_does_not_fit_is_refused_with_names(model, tmp_path):
     make_network(model, rank=8).save_weights(tmp_path / "rank8.safetensors", None, None)
-    with pytest.raises(ModelFileError, match=r"blocks\.0.*\(8, "):
+    with pytest.raises(ModelFileError, match=r"dim_from_weights.*blocks\.0.*\(8, "):
         make_network(model, rank=4).load_weights(tmp_path / "rank8.safetensors")
-
-    tensors = load_file(tmp_path / "rank8.safetensors")
-    part = {key: tensor for key, tensor in tensors.items() if "blocks.1.self_attn.q_proj" not in key}
-    save_file(part, tmp_path / "part.safetensors")
-    with pytest.raises(ModelFileError, match=r"missing modules: .*blocks\.1\.self_attn\.q_proj"):
-        make_network(model, rank=8).load_weights(tmp_path / "part.safetensors")
-
+    with pytest.raises(ModelFileError, match=r"llm_adapter\.blocks\.0"):
+        make_network(model, rank=8, train_llm_adapter=False).load_weights(tmp_path / "rank8.safetensors")
     save_file({"lora_unet_blocks_0.alpha": torch.ones(())}, tmp_path / "foreign.safetensors")
     with pytest.raises(ModelFileError, match="lora_unet_blocks_0"):
         make_network(model).load_weights(tmp_path / "foreign.safetensors")
+
+
+def test_what_a_file_lacks_stays_as_it_is(model, tmp_path):
+    randomised(make_network(model, train_llm_adapter=False, train_norm=False)).save_weights(
+        tmp_path / "part.safetensors", None, None
+    )
+    network = make_network(model)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.load_weights(tmp_path / "part.safetensors")
+    changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
+    own = expected_modules(2, 0)
+    assert changed == {f"{module}.{part}.weight" for module in own for part in ("lora_down", "lora_up")}
 
 
 @pytest.mark.parametrize(
@@ -232,11 +261,11 @@ def test_a_file_that_does_not_fit_is_refused_with_names(model, tmp_path):
     ],
 )
 def test_targets_can_be_chosen(model, patterns, count):
-    assert len(make_network(model, target_modules=patterns).adapters) == count
+    assert len(make_network(model, target_modules=patterns, train_norm=False).adapters) == count
 
 
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(model):
-    with pytest.raises(SettingError, match=r"'self_attn\.query_proj' matches no Linear.*q_proj"):
+    with pytest.raises(SettingError, match=r"'self_attn\.query_proj' matches nothing.*q_proj"):
         make_network(model, target_modules="self_attn.query_proj")
 
 
@@ -245,7 +274,7 @@ def test_unknown_arguments_and_ranks_are_refused(model):
         make_network(model, target_module="q_proj")
     with pytest.raises(SettingError, match="network_dim: 0"):
         make_network(model, rank=0)
-    with pytest.raises(SettingError, match="train_llm_adapter=maybe"):
+    with pytest.raises(SettingError, match="train_llm_adapter = 'maybe': expected true or false"):
         make_network(model, train_llm_adapter="maybe")
 
 
@@ -258,8 +287,204 @@ def test_an_interrupted_save_leaves_the_old_file(model, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("networks.network.save_file", fail)
+    monkeypatch.setattr("networks.adapter_files.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         randomised(make_network(model)).save_weights(path, None, None)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+LORA, LOKR, LOHA = lora_anima, lokr_anima, loha_anima
+KINDS = {
+    "lora": (LORA, {}),
+    "rs_lora": (LORA, {"rs_lora": True}),
+    "dora": (LORA, {"dora": True}),
+    "lokr": (LOKR, {}),
+    "lokr_whole": (LOKR, {"full_matrix": True}),
+    "lokr_both": (LOKR, {"decompose_both": True, "factor": -1, "rank": 2}),
+    "lokr_dora": (LOKR, {"dora": True}),
+    "loha": (LOHA, {}),
+    "by_pattern": (LORA, {"network_reg_dims": "mlp.layer1=7", "network_reg_alphas": "blocks.1.*=3"}),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, model) -> AdapterNetwork:
+    """A network of each kind, with random weights."""
+    module, arguments = KINDS[request.param]
+    return randomised(make_network(model, module=module, **arguments))
+
+
+def merged_output(model, network) -> torch.Tensor:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network.merge_to(None, model)
+    output = run(model)
+    model.load_state_dict(before)
+    return output
+
+
+def test_every_kind_merges_to_what_it_computes(model, kind):
+    base = run(model)
+    kind.apply_to(None, model)
+    live = run(model)
+    with kind.disabled():
+        assert torch.equal(run(model), base)
+    kind.detach()
+    merged = merged_output(model, kind)
+    assert (live - base).norm() / base.norm() > 0.05
+    assert (live - merged).norm() / merged.norm() <= 1e-4
+
+
+@pytest.mark.parametrize("file_format", ["comfy", "kohya"])
+def test_every_kind_is_the_same_after_saving_and_loading(model, kind, tmp_path, file_format):
+    kind.save_weights(tmp_path / "a.safetensors", None, None, file_format)
+    again, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, None, model)
+    assert again.adapters.keys() == kind.adapters.keys()
+    expected = merged_output(model, kind)
+    assert (merged_output(model, again) - expected).norm() / expected.norm() <= 1e-6
+
+
+def test_only_the_adapter_of_every_kind_moves(model, kind):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kind.apply_to(None, model)
+    optimizer = torch.optim.AdamW(kind.prepare_optimizer_params(None, None, 1e-2))
+    start = {name: tensor.clone() for name, tensor in kind.state_dict().items()}
+    run(model).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(not torch.equal(tensor, start[name]) for name, tensor in kind.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_kind_keeps_float32_masters(model, kind, dtype):
+    model.to(dtype)
+    kind.apply_to(None, model)
+    run(model).float().square().mean().backward()
+    for name, parameter in kind.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert parameter.grad.dtype == torch.float32, name
+
+
+def test_every_kind_gives_the_same_gradients_with_checkpointing(model, kind):
+    kind.apply_to(None, model)
+    gradients = []
+    for checkpointing in (False, True):
+        model.gradient_checkpointing = checkpointing
+        kind.zero_grad()
+        run(model).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in kind.parameters()])
+    for without, with_checkpointing in zip(*gradients, strict=True):
+        torch.testing.assert_close(with_checkpointing, without, rtol=1e-5, atol=1e-6)
+
+
+def test_a_limit_on_norms_shrinks_only_what_is_longer(model, kind):
+    lengths = {path: adapter.delta_weight().norm().item() for path, adapter in kind.adapters.items()}
+    limit = sorted(lengths[path] for path in expected_modules(2, 2))[20]
+    kind.apply_max_norm(limit)
+    for path, adapter in kind.adapters.items():
+        expected = min(lengths[path], limit) if path in expected_modules(2, 2) else lengths[path]
+        assert adapter.delta_weight().norm().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_rs_lora_scales_by_the_root_of_the_rank_and_its_file_agrees(model):
+    adapter = make_network(model, rank=9, alpha=6.0, rs_lora=True).adapters["blocks.0.mlp.layer1"]
+    assert adapter.scale == pytest.approx(6.0 / 3)
+    assert adapter.tensors()["alpha"].item() / 9 == pytest.approx(6.0 / 3)
+
+
+def test_ranks_and_alphas_by_pattern(model):
+    network = make_network(
+        model, rank=4, alpha=2.0, network_reg_dims="mlp.layer1=7", network_reg_alphas=["blocks.1.*=3"]
+    )
+    chosen = {path: (adapter.rank, adapter.alpha) for path, adapter in network.adapters.items()}
+    assert chosen["blocks.0.mlp.layer1"] == (7, 2.0)
+    assert chosen["blocks.1.mlp.layer1"] == (7, 3.0)
+    assert chosen["blocks.1.mlp.layer2"] == (4, 3.0)
+    assert chosen["llm_adapter.blocks.1.mlp.0"] == (4, 2.0)
+
+
+def test_rates_by_part_and_pattern_and_for_lora_plus(model):
+    network = make_network(
+        model, train_norm=False, llm_adapter_lr=1e-5, loraplus_lr_ratio=16, network_reg_lrs="mlp.layer1=5e-4"
+    )
+    rates = {}
+    for group in network.prepare_optimizer_params(None, 1e-4, 1.0):
+        rates |= {id(parameter): group["lr"] for parameter in group["params"]}
+    named = {name: rates[id(parameter)] for name, parameter in network.named_parameters()}
+    assert named["blocks.0.mlp.layer2.lora_down.weight"] == pytest.approx(1e-4)
+    assert named["blocks.0.mlp.layer2.lora_up.weight"] == pytest.approx(16e-4)
+    assert named["blocks.0.mlp.layer1.lora_down.weight"] == pytest.approx(5e-4)
+    assert named["llm_adapter.blocks.0.mlp.0.lora_down.weight"] == pytest.approx(1e-5)
+    assert named["llm_adapter.blocks.0.mlp.0.lora_up.weight"] == pytest.approx(16e-5)
+
+
+def test_targets_are_excluded_and_included(model):
+    def paths(**arguments):
+        return set(make_network(model, train_norm=False, **arguments).adapters)
+
+    without_mlp = paths(exclude_patterns=".*mlp.*")
+    assert without_mlp == {path for path in expected_modules(2, 2) if "mlp" not in path}
+    assert paths(exclude_patterns="blocks.0-1.mlp.*", include_patterns="blocks.0.mlp.layer1") == (
+        {path for path in expected_modules(2, 2) if not path.startswith("blocks.") or ".mlp." not in path}
+        | {"blocks.0.mlp.layer1"}
+    )
+    extra = paths(include_patterns="adaln_modulation_mlp.1, t_embedder.1.linear_1, final_layer.linear")
+    assert extra - expected_modules(2, 2) == {
+        "blocks.0.adaln_modulation_mlp.1", "blocks.1.adaln_modulation_mlp.1", "t_embedder.1.linear_1",
+        "final_layer.linear",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [{"network_reg_dims": "mlp.layer9=4"}, {"exclude_patterns": "mlpp"}])
+def test_patterns_that_match_nothing_are_errors(model, arguments):
+    with pytest.raises(SettingError, match=r"mlp.* matches (no adapter|nothing)"):
+        make_network(model, **arguments)
+
+
+def test_an_llm_adapter_rate_of_zero_leaves_it_out(model):
+    assert not make_network(model, llm_adapter_lr=0).trains("llm_adapter")
+
+
+def test_dora_starts_at_the_base_and_follows_comfyuis_arithmetic(model):
+    """W' = (W + ΔW) dora_scale / ‖W‖ with the norm of the original weight."""
+    network = make_network(model, dora=True, train_norm=False)
+    base = run(model)
+    network.apply_to(None, model)
+    torch.testing.assert_close(run(model), base, rtol=1e-5, atol=1e-6)
+    randomised(network)
+    for path in ("blocks.0.mlp.layer1", "llm_adapter.blocks.0.mlp.0"):  # the second has a bias
+        layer, tensors = model.get_submodule(path), network.adapters[path].tensors()
+        delta = tensors["alpha"] / 4 * tensors["lora_up.weight"] @ tensors["lora_down.weight"]
+        norm = layer.weight.norm(dim=1, keepdim=True)
+        x = torch.randn(3, layer.in_features)
+        expected = torch.nn.functional.linear(x, (layer.weight + delta) * tensors["dora_scale"] / norm, layer.bias)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    assert tensors["dora_scale"].shape == (layer.out_features, 1)
+
+
+def test_module_dropout_skips_the_adapter_unscaled(model):
+    network = randomised(
+        make_network(model, module_dropout=0.5, target_modules="blocks.0.mlp.layer1", train_norm=False)
+    )
+    network.apply_to(None, model)
+    layer, x = model.blocks[0].mlp.layer1, torch.randn(2, 64)
+    network.eval()
+    full = layer(x)
+    network.train()
+    base = x @ layer.weight.T
+    outcomes = [layer(x) for _ in range(64)]
+    skipped = [torch.equal(outcome, base) for outcome in outcomes]
+    assert 16 < sum(skipped) < 48
+    assert all(torch.equal(outcome, full) for outcome, skip in zip(outcomes, skipped, strict=True) if not skip)
+
+
+def test_merging_into_bf16_rounds_once(model):
+    model.bfloat16()
+    network = make_network(model, target_modules="blocks.0.mlp.layer1", train_norm=False)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.01)
+    weight = model.blocks[0].mlp.layer1.weight
+    expected = (weight.float() + network.adapters["blocks.0.mlp.layer1"].delta_weight()).bfloat16()
+    network.merge_to(None, model)
+    assert torch.equal(weight, expected)

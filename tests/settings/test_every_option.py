@@ -12,7 +12,7 @@ from library.settings.kohya_only import FIXED, NO_EFFECT
 from library.settings.resolve import resolve
 from library.settings.root_style_keys import ARGUMENTS, COMPUTED, DEFAULTS, SAME_VALUE, WITHOUT_COUNTERPART
 from library.settings.toml_files import read_toml
-from library.settings.values import convert, is_bool
+from library.values import convert, is_bool
 
 SPELLINGS = sorted(by_spelling(top_level_options()))
 
@@ -25,6 +25,10 @@ def toml_and_words(spelling):
         return str(value).lower(), [f"--{spelling}" if value else f"--no-{spelling}"], value
     if declared.name == "resolution":
         return "[832, 1216]", [f"--{spelling}", "832", "1216"], (832, 1216)
+    if declared.name == "adapter_format":
+        return '["kohya", "comfy"]', [f"--{spelling}", "kohya", "comfy"], ("kohya", "comfy")
+    if declared.name == "base_weights_multiplier":
+        return "[0.5, 1]", [f"--{spelling}", "0.5", "1"], (0.5, 1.0)
     if declared.choices:
         value = next(choice for choice in declared.choices if choice != declared.default)
         return f'"{value}"', [f"--{spelling}", value], value

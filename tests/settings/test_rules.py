@@ -49,7 +49,7 @@ def test_every_number_has_a_range_or_needs_none():
         for option in by_spelling(top_level_options()).values()
         if ("int" in str(option.type) or "float" in str(option.type)) and option.name != "resolution"
     }
-    assert numbers - RANGES.keys() == {"anima_flow_shift"}
+    assert numbers - RANGES.keys() == {"anima_flow_shift", "base_weights_multiplier"}
 
 
 def test_flow_shift_must_be_positive(needed_flags):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from library.options import option, options_of
 from library.settings.groups import run_options, shared_dataset_options, subset_options
-from library.settings.values import convert
+from library.values import convert
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ REFUSALS = [
     ("text", 5, "a text"),
     ("file", "", "a path"),
     ("file", "a\0b", "a path"),
-    ("file", "C:\train", "not a path; in paths write /"),
+    ("file", "C:\train", "expected a path; in paths write /"),
     ("texts", ["a=1", 2], "list of texts"),
     ("texts", 3, "list of texts"),
     ("precision", "BF16", "did you mean bf16"),

@@ -104,7 +104,7 @@ def _to_path(raw: Any) -> Path:
     if not isinstance(raw, str) or not raw:
         raise ValueError("expected a path in quotes")
     if any(character < " " for character in raw):  # TOML reads "C:\train" as "C:", a tab and "rain"
-        raise ValueError("not a path; in paths write / instead of \\, or use single quotes")
+        raise ValueError("expected a path; in paths write / instead of \\, or use single quotes")
     return Path(raw)
 
 
