@@ -39,7 +39,7 @@ def load_transformer(path: Path, dtype: torch.dtype, device: torch.device | str)
 def _plan_transformer(path: Path) -> tuple[AnimaTransformer, Rename]:
     """The transformer of the file's sizes, on the meta device, and how the file's names become its own."""
     header = read_header(path)
-    rename = _strip_prefix(header)
+    rename = strip_prefix(header)
     shapes = {rename(name) or name: tensor.shape for name, tensor in fold_scales(path, header).items()}
     try:
         config = AnimaConfig.from_shapes(shapes)
@@ -50,8 +50,8 @@ def _plan_transformer(path: Path) -> tuple[AnimaTransformer, Rename]:
         return AnimaTransformer(config), rename
 
 
-def _strip_prefix(names: Collection[str]) -> Rename:
-    """Strips the prefix that the file's names have, and leaves out the position buffers, which are computed."""
+def strip_prefix(names: Collection[str]) -> Rename:
+    """Renames a transformer file's tensors as the model does: without their prefix; None for position buffers."""
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}x_embedder.proj.1.weight" in names), "")
 
     def rename(name: str) -> str | None:

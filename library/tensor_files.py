@@ -1,0 +1,87 @@
+"""Writing a safetensors file tensor by tensor, so that memory holds one of them at a time.
+
+safetensors' own writers take all tensors at once. The format: eight bytes with the header's length (little-endian),
+the header as JSON ({name: {dtype, shape, data_offsets}}, and texts under "__metadata__"), then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from library.errors import ModelFileError, first_ten
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What the header says of a tensor before its values are there. dtype: as safetensors spells it ("BF16")."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def write_tensors(
+    file: Path,
+    specs: Mapping[str, TensorSpec],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, asking for one tensor after the other.
+
+    tensor_of: gives a tensor by name, with the shape and dtype of its spec. Not atomic by itself: see
+    `library.files.write_atomically`. Raises ModelFileError for a tensor unlike its spec or of a type not known here.
+    """
+    unknown = [f"{name} ({spec.dtype})" for name, spec in specs.items() if spec.dtype not in _DTYPES]
+    if unknown:
+        raise ModelFileError(f"{file}: number formats that cannot be written: {first_ten(unknown)}")
+    # Wide numbers first, so that every tensor lies at a multiple of its numbers' size, as safetensors writes them.
+    ordered = sorted(specs, key=lambda name: -_DTYPES[specs[name].dtype].itemsize)
+    with file.open("wb") as opened:
+        header = _header({name: specs[name] for name in ordered}, metadata)
+        opened.write(len(header).to_bytes(8, "little") + header)
+        for name in ordered:
+            opened.write(_bytes_of(name, tensor_of(name), specs[name]))
+
+
+def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    start = 0
+    for name, spec in specs.items():
+        end = start + spec.size
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return header + b" " * (-len(header) % 8)  # the tensors begin at a multiple of eight bytes
+
+
+def _bytes_of(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
+    if tuple(tensor.shape) != spec.shape or _DTYPE_NAMES.get(tensor.dtype) != spec.dtype:
+        raise ModelFileError(
+            f"{name} is {list(tensor.shape)} of {tensor.dtype}, not {list(spec.shape)} of {spec.dtype}"
+        )
+    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
