@@ -50,7 +50,7 @@ def load_adapter_file(
     Raises ModelFileError listing the first ten keys that do not fit, naming the depth where that differs.
     """
     shapes = {key: tensor.shape for key, tensor in read_header(path).items()}
-    fitting = _fitting_keys(str(path), shapes, _metadata(path), model_shapes, allow_partial)
+    fitting = _fitting_keys(str(path), shapes, read_metadata(path), model_shapes, allow_partial)
     parsed, metadata = _read(path, fitting, model_shapes)
     logger.info("%s: %s, names as %s", path, describe_adapters(parsed.adapters), parsed.format)
     return parsed.adapters, metadata
@@ -123,11 +123,11 @@ def _unused_text(total: int, unused: Collection[str]) -> str:
 
 def _read(path: Path, keys: Iterable[str], module_names: Iterable[str]) -> tuple[ParsedAdapter, dict[str, str]]:
     """The header's PEFT settings are taken into the alphas, so the metadata returned is without them."""
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in keys}
     with _errors_naming(str(path)):
-        parsed = parse_keys(tensors, metadata, module_names, _peft_config(path))
+        parsed = parse_keys(tensors, metadata, module_names, read_peft_config(path))
     return parsed, {key: value for key, value in metadata.items() if key != HEADER_KEY}
 
 
@@ -139,12 +139,14 @@ def _errors_naming(source: str) -> Iterator[None]:
         raise ModelFileError(f"{source}: {error}") from error
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in a safetensors file's header."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
 
-def _peft_config(path: Path) -> dict[str, Any] | None:
+def read_peft_config(path: Path) -> dict[str, Any] | None:
+    """PEFT's settings of an adapter file, which stand in adapter_config.json beside it; None without that file."""
     file = path.parent / "adapter_config.json"
     if not file.is_file():
         return None

@@ -1,0 +1,172 @@
+"""Merges adapters, each with a strength, into one adapter or into a checkpoint.
+
+    python tools/merge_adapters.py --adapters A.safetensors B.safetensors --weights 1.0 0.5 --output OUT.safetensors
+    python tools/merge_adapters.py --adapters A.safetensors --checkpoint ANIMA.safetensors --output MERGED.safetensors
+
+Into one adapter: a module that one file changes keeps its type; LoRA and LoRA become one with the ranks of both; norms
+and plain differences are added. These are exact. Other sums (LoKr with LoRA, LoKr with LoKr, LoHa) need --rank N: the
+nearest LoRA of that rank. Sums of LoRA are cut to --rank as well, where it is given.
+
+Into a checkpoint: any types, DoRA in ComfyUI's arithmetic; summed in float32 and rounded once to the checkpoint's own
+number format. Every tensor and name of it stays. Text-encoder adapters are left out: they belong to Qwen3's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from library.console import show, show_error
+from library.errors import ModelFileError, SettingError, UserError
+from library.files import write_atomically
+from library.training.model_hashes import BLANK_HASHES, fill_hashes
+from networks.adapter_files import read_adapter_file, read_metadata, save_adapter_file
+from networks.adapter_types import Adapters, describe_adapters, infer_types
+from networks.checkpoint_merge import plan_merge
+from networks.key_formats import FORMATS
+from networks.merging import merge_adapters
+
+PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 after an error was shown."""
+    arguments = _parse(argv)
+    try:
+        weights = _checked_weights(arguments)
+        if arguments.checkpoint is None:
+            merge_into_one(arguments, weights)
+        else:
+            merge_into_model(arguments, weights)
+    except UserError as error:
+        show_error(error)
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Merge adapters into one adapter or into a checkpoint.")
+    parser.add_argument("--adapters", type=Path, nargs="+", required=True, help="adapter files (.safetensors)")
+    parser.add_argument("--weights", type=float, nargs="+", help="a strength for each adapter; unset: 1 for all")
+    parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    parser.add_argument("--checkpoint", type=Path, help="transformer file to merge into; unset: one adapter is made")
+    parser.add_argument("--rank", help='"exact" (default), or the rank of what has no exact sum; for adapters only')
+    parser.add_argument("--format", choices=FORMATS, help="whose spelling to write, default comfy; for adapters only")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="number format, default float; adapters only")
+    return parser.parse_args(argv)
+
+
+def _checked_weights(arguments: argparse.Namespace) -> list[float]:
+    if arguments.output.exists() and not arguments.overwrite:
+        raise SettingError(f"--output: {arguments.output} exists; choose another name or add --overwrite")
+    weights = arguments.weights or [1.0] * len(arguments.adapters)
+    if len(weights) != len(arguments.adapters):
+        raise SettingError(f"--weights: {len(weights)} numbers for {len(arguments.adapters)} adapters; give one each")
+    if any(weight == 0 or not math.isfinite(weight) for weight in weights):
+        raise SettingError(f"--weights: {weights} has a number that is no strength; leave an adapter out instead of 0")
+    return weights
+
+
+def merge_into_one(arguments: argparse.Namespace, weights: Sequence[float]) -> None:
+    """Raises UserError before anything is written."""
+    rank = _checked_rank(arguments.rank)
+    read = [read_adapter_file(path) for path in arguments.adapters]
+    metadatas = [metadata for _, metadata in read]
+    depths = {metadata["ss_anima_depth"] for metadata in metadatas if "ss_anima_depth" in metadata}
+    if len(depths) > 1:
+        raise ModelFileError(f"--adapters: they are for models of different depths: {', '.join(sorted(depths))} blocks")
+    sources = [(parsed.adapters, weight) for (parsed, _), weight in zip(read, weights, strict=True)]
+    merged = merge_adapters(sources, rank)
+    metadata = _with_network(_metadata(arguments, weights, metadatas), merged.adapters)
+    file_format, dtype = arguments.format or "comfy", PRECISIONS[arguments.precision or "float"]
+
+    def write(file: Path) -> None:
+        save_adapter_file(file, merged.adapters, file_format, dtype, metadata)
+        fill_hashes(file)
+
+    write_atomically(arguments.output, write)
+    show(f"{arguments.output}: {describe_adapters(merged.adapters)}; {_errors_text(merged.relative_errors)}")
+
+
+def _checked_rank(text: str | None) -> int | None:
+    if text in (None, "exact"):
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise SettingError(f"--rank: {text!r} is no rank; give a whole number from 1, or exact")
+    return int(text)
+
+
+def _errors_text(relative_errors: Mapping[str, float]) -> str:
+    if not relative_errors:
+        return "exact in all modules"
+    worst = max(relative_errors, key=relative_errors.__getitem__)
+    return (
+        f"{len(relative_errors)} modules approximated by LoRA, with a relative error of the difference of "
+        f"{statistics.median(relative_errors.values()):.2%} in the median, {relative_errors[worst]:.2%} in {worst}"
+    )
+
+
+def merge_into_model(arguments: argparse.Namespace, weights: Sequence[float]) -> None:
+    """Raises UserError before anything is written, but for values too large for the checkpoint's number format."""
+    for name in ("rank", "format", "precision"):
+        if getattr(arguments, name) is not None:
+            raise SettingError(f"--{name} is for merging into one adapter; leave it out with --checkpoint")
+    merge = plan_merge(arguments.checkpoint, list(zip(arguments.adapters, weights, strict=True)))
+    metadata = _metadata(arguments, weights, [read_metadata(arguments.checkpoint)])
+
+    def write(file: Path) -> None:
+        merge.write(file, metadata)
+        fill_hashes(file)
+
+    write_atomically(arguments.output, write)
+    changed = {path for adapters, _ in merge.sources for path in adapters}
+    show(f"{arguments.output}: {arguments.checkpoint.name} with {len(changed)} modules changed")
+    if merge.left_out:
+        show(f"not merged, as they belong to the text encoder's file: {len(merge.left_out)} modules")
+
+
+def _metadata(
+    arguments: argparse.Namespace, weights: Sequence[float], metadatas: Sequence[Mapping[str, str]]
+) -> dict[str, str]:
+    """What all files agree on and the first's modelspec, with blank hashes, and what was merged with which weights."""
+    first = metadatas[0]
+    merged = {
+        key: value
+        for key, value in first.items()
+        if key.startswith("modelspec.") or all(other.get(key) == value for other in metadatas)
+    }
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    renewed = {"modelspec.title": arguments.output.stem, "modelspec.date": now, **BLANK_HASHES}
+    merged |= {key: value for key, value in renewed.items() if key in first}
+    sources = zip(arguments.adapters, weights, strict=True)
+    record = [{"file": path.name, "weight": weight} for path, weight in sources]
+    return {**merged, "merged_adapters": json.dumps(record)}
+
+
+def _with_network(metadata: Mapping[str, str], adapters: Adapters) -> dict[str, str]:
+    """With Kohya's keys for the type, rank and alpha made true again, where they are there and one value is."""
+    types = [found for found in infer_types(adapters).values() if found.kind in ("lora", "lokr", "loha")]
+    alphas = {float(own["alpha"]) for own in adapters.values() if "alpha" in own}
+    true = {
+        "ss_network_module": {f"networks.{found.kind}_anima" for found in types},
+        "ss_network_dim": {str(found.rank) for found in types},
+        "ss_network_alpha": {str(alpha) for alpha in alphas},
+    }
+    stale = {key for key in true if key in metadata}
+    kept = {key: value for key, value in metadata.items() if key not in stale}
+    return kept | {key: next(iter(true[key])) for key in stale if len(true[key]) == 1}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
