@@ -36,7 +36,6 @@ from library.files import write_atomically
 from library.settings import read_settings
 from library.training.interrupts import Interrupted
 from library.training.run import chooses_checkpointing
-from networks.setup import trains_part
 from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
@@ -109,7 +108,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         A context is as long as its caption alone would make it, so captions that need more than the least length go
         through the model apart from the others: zero rows are part of the model's input, more of them change a result.
         """
-        trains_qwen = trains_part(self.network, "text_encoder")
+        trains_qwen = self.network.trains("text_encoder")
         states = self.text_encoder.encode(captions, trains_qwen) if trains_qwen else self.text_encoder.encode(captions)
         least = self.settings.model.anima_seq_len
         groups: dict[int, list[int]] = {}
@@ -118,7 +117,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         contexts = []
         for rows in groups.values():
             text = pad_captions([states[row] for row in rows], self.device)
-            with torch.set_grad_enabled(trains_qwen or trains_part(self.network, "llm_adapter")):
+            with torch.set_grad_enabled(trains_qwen or self.network.trains("llm_adapter")):
                 context = self.transformer.encode_context(*text, min_length=least)
             contexts.append((rows if len(groups) > 1 else slice(None), context))
         return contexts

@@ -40,12 +40,12 @@ from library.training.states import Resumable, load_state, save_state
 from library.training.trackers import Tracker
 from networks.setup import (
     attach_network,
+    check_network,
     check_planned,
     create_network,
     import_network_module,
     network_arguments,
     prove_loadable,
-    save_network,
     summary_table,
 )
 
@@ -119,17 +119,21 @@ class NetworkTrainer:
         self.check_model_files()
         with torch.device("meta"):
             planned = self.planned_models()
-        planned_network = create_network(settings.network, network_module, arguments, *planned)
-        check_planned(settings.network, planned_network, *planned, settings.data.cache_text_encoder_outputs)
+        caches_text = settings.data.cache_text_encoder_outputs
+        check_planned(settings.network, network_module, arguments, *planned, caches_text)
         pictures = scan_datasets(settings.datasets, settings.data.skip_broken_images, show_progress=is_main)
         batch_sizes = [dataset.batch_size for dataset in settings.datasets]
         epoch_steps = steps_per_epoch(pictures, batch_sizes, run.gradient_accumulation_steps, processes)
         total_steps = planned_steps(run, epoch_steps)
         logger.info("%s", bucket_table(pictures, batch_sizes))
 
-        # Models, latents, adapter, optimizer.
+        # Models, adapter, latents, optimizer.
         set_seed(run.seed)
         models = self.load_models()
+        self.network = create_network(settings.network, network_module, arguments, *models)
+        attach_network(settings.network, self.network, *models, self.device)
+        check_network(settings.network, self.network, caches_text)
+        prove_loadable(self.network, settings.network.adapter_format, *models)
         latents = None
         if settings.data.cache_latents:
             latents = cache_latents(pictures, self.encode_pixels, settings.data.vae_batch_size, show_progress=is_main)
@@ -140,9 +144,6 @@ class NetworkTrainer:
             workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers,
         )  # fmt: skip
-        self.network = create_network(settings.network, network_module, arguments, *models)
-        attach_network(settings.network, self.network, *models, self.device)
-        prove_loadable(self.network, settings.network.adapter_format, *models)
         parameter_groups = self.network.prepare_optimizer_params(
             settings.network.text_encoder_lr, settings.network.unet_lr, settings.optimizer.learning_rate
         )
@@ -297,7 +298,7 @@ class NetworkTrainer:
 
     def write_adapter(self, file: Path, file_format: str, metadata: dict[str, str] | None) -> None:
         """The adapter file with the hashes of its own bytes."""
-        save_network(self.network, file, SAVE_DTYPES[self.settings.saving.save_precision], metadata, file_format)
+        self.network.save_weights(file, SAVE_DTYPES[self.settings.saving.save_precision], metadata, file_format)
         fill_hashes(file)
 
     def metadata(self) -> dict[str, str]:

@@ -115,9 +115,13 @@ class AdapterNetwork(nn.Module):
                 groups.setdefault((part, rate * (faster or 1.0)), []).append(parameter)
         return [
             {"name": name, "lr": rate, "params": parameters}
-            for (name, rate), parameters in _numbered(groups).items()
+            for (name, rate), parameters in numbered(groups).items()
             if rate > 0
         ]
+
+    def paths(self) -> dict[int, str]:
+        """{id of a parameter: path of the module it changes}"""
+        return {id(parameter): path for path, adapter in self.adapters.items() for parameter in adapter.parameters()}
 
     def trains(self, part: str) -> bool:
         """Whether any adapter belongs to "transformer", "llm_adapter" or "text_encoder"."""
@@ -185,7 +189,7 @@ def part_of(path: str) -> str:
     return "llm_adapter" if path.startswith(LLM_ADAPTER_PREFIX) else "transformer"
 
 
-def _numbered(groups: Mapping[tuple[str, float], list[nn.Parameter]]) -> dict[tuple[str, float], list[nn.Parameter]]:
+def numbered(groups: Mapping[tuple[str, float], list[nn.Parameter]]) -> dict[tuple[str, float], list[nn.Parameter]]:
     """Group names made unique: the second of "transformer" is "transformer_2"."""
     seen: dict[str, int] = {}
     named = {}

@@ -16,16 +16,18 @@ from torch import nn
 
 from library.errors import ModelFileError, SettingError, first_ten
 from library.options import split_arguments
-from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
+from networks.adapter_files import fit_adapter_tensors, load_adapter_file
 from networks.adapter_types import Adapters, AdapterType, infer_types
 from networks.comfyui_reader import check_comfyui_reads
 from networks.creation import create_network_from_weights, weight_shapes
-from networks.key_formats import parse_keys, write_keys
-from networks.module_names import module_names_covering
+from networks.key_formats import write_keys
 from networks.network import AdapterNetwork
+from networks.outside import OutsideNetwork, create_outside_network
 from networks.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
+
+Network = AdapterNetwork | OutsideNetwork
 
 _OWN_MODULES = ("networks.lora_anima", "networks.lokr_anima", "networks.loha_anima")
 # Settings that are also arguments of this project's own network modules.
@@ -49,12 +51,18 @@ def import_network_module(name: str) -> ModuleType:
 def network_arguments(settings: NetworkSettings, given: Collection[str]) -> dict[str, str]:
     """network_args as a dictionary, with the settings that stand beside them.
 
-    given: names of the settings that were set explicitly. SettingError: such a one and network_args contradict.
+    given: names of the settings that were set explicitly. SettingError: such a one and network_args contradict, or the
+    network module is another package's and has no such setting.
     """
     arguments = split_arguments("network_args", settings.network_args)
     if twice := sorted(_PASSED & arguments.keys()):
         raise SettingError(f"network_args: {', '.join(twice)} cannot stand here; dim, alpha, dropout are settings")
     if settings.network_module not in _OWN_MODULES:
+        if unknown := sorted(set(_SETTINGS_AS_ARGUMENTS) & set(given)):
+            raise SettingError(
+                f"{', '.join(unknown)}: for this project's network modules only; put what {settings.network_module} "
+                "has of the kind into network_args"
+            )
         return arguments
     for name in _SETTINGS_AS_ARGUMENTS:
         value = getattr(settings, name)
@@ -71,11 +79,13 @@ def create_network(
     arguments: Mapping[str, str],
     model: nn.Module,
     text_encoder: nn.Module,
-) -> nn.Module:
-    """A new network, not yet attached; made for models on the meta device it tells mistakes before any is loaded.
+) -> Network:
+    """A new network, not yet attached.
 
     Raises SettingError or ModelFileError for what the network module cannot do with this model.
     """
+    if settings.network_module not in _OWN_MODULES:
+        return create_outside_network(settings, module, arguments, model, text_encoder)
     if settings.dim_from_weights:
         network, _ = module.create_network_from_weights(
             1.0, settings.network_weights, None, text_encoder, model,
@@ -89,25 +99,37 @@ def create_network(
 
 
 def check_planned(
-    settings: NetworkSettings, network: nn.Module, model: nn.Module, text_encoder: nn.Module, caches_text: bool
+    settings: NetworkSettings,
+    module: ModuleType,
+    arguments: Mapping[str, str],
+    model: nn.Module,
+    text_encoder: nn.Module,
+    caches_text: bool,
 ) -> None:
-    """What settings ask of a network that it cannot give; the models may be on the meta device.
+    """Makes the network for models on the meta device, and tells mistakes before any model is loaded.
 
-    Raises SettingError: a format that cannot hold it, cached text with an adapter on Qwen3, contradictory settings;
-    ModelFileError: adapter files that do not fit.
+    A network of another package may read the model's weights, so it can only be made, and checked, once they are there.
+    Raises what `create_network` and `check_network` raise; ModelFileError for adapter files that do not fit.
     """
     for file in settings.base_weights:
         load_adapter_file(Path(file), weight_shapes(model, text_encoder), settings.allow_partial_weights)
-    if isinstance(network, AdapterNetwork):
+    if settings.network_module in _OWN_MODULES:
+        network = create_network(settings, module, arguments, model, text_encoder)
         if settings.network_weights is not None and not settings.dim_from_weights:
             network.read_weights(settings.network_weights, settings.allow_partial_weights)
-        for file_format in settings.adapter_format:
-            write_keys(network.adapter_tensors(), file_format)
-    elif settings.adapter_format != ("comfy",):
-        raise SettingError(f"adapter_format: a network of {settings.network_module} is saved as comfy only")
-    if not trains_part(network, "text_encoder"):
-        if settings.text_encoder_lr is not None:
+        if settings.text_encoder_lr is not None and not network.trains("text_encoder"):
             logger.warning("text_encoder_lr does nothing without network_args train_text_encoder=true")
+        check_network(settings, network, caches_text)
+
+
+def check_network(settings: NetworkSettings, network: Network, caches_text: bool) -> None:
+    """What settings ask of a network that it cannot give.
+
+    Raises SettingError: a format that cannot hold it, cached text with an adapter on Qwen3, contradictory settings.
+    """
+    for file_format in settings.adapter_format:
+        write_keys(network.adapter_tensors(), file_format)
+    if not network.trains("text_encoder"):
         return
     if caches_text:
         raise SettingError(
@@ -118,95 +140,63 @@ def check_planned(
 
 
 def attach_network(
-    settings: NetworkSettings, network: nn.Module, model: nn.Module, text_encoder: nn.Module, device: torch.device
+    settings: NetworkSettings, network: Network, model: nn.Module, text_encoder: nn.Module, device: torch.device
 ) -> None:
-    """Merges base_weights into the model, loads network_weights, attaches the network and moves it, in float32."""
+    """Merges base_weights into the model, attaches the network, moves it, in float32, and loads network_weights."""
     for file, multiplier in zip_longest(settings.base_weights, settings.base_weights_multiplier, fillvalue=1.0):
         base, _ = create_network_from_weights(
             multiplier, file, None, text_encoder, model, allow_partial=settings.allow_partial_weights
         )
         base.merge_to(text_encoder, model)
         logger.info("merged %s into the model, multiplied by %g", Path(file).name, multiplier)
+    network.apply_to(text_encoder, model, not settings.network_train_unet_only, True)
+    network.to(device, torch.float32)
     if settings.network_weights is not None and not settings.dim_from_weights:
         network.load_weights(settings.network_weights, settings.allow_partial_weights)
-    network.apply_to(text_encoder, model, trains_part(network, "text_encoder"), True)
-    network.to(device, torch.float32)
-
-
-def trains_part(network: nn.Module, part: str) -> bool:
-    """Whether a network, of whatever module, changes "llm_adapter" or "text_encoder"."""
-    if isinstance(network, AdapterNetwork):
-        return network.trains(part)
-    marks = {"llm_adapter": "llm_adapter", "text_encoder": "lora_te"}
-    return any(marks[part] in name for name, _ in network.named_parameters())
 
 
 @torch.no_grad()
-def prove_loadable(network: nn.Module, formats: Collection[str], model: nn.Module, text_encoder: nn.Module) -> None:
-    """Exports the network in memory as it will be saved, reads it as ComfyUI would, and loads it back.
+def prove_loadable(network: Network, formats: Collection[str], model: nn.Module, text_encoder: nn.Module) -> None:
+    """Exports the network in memory as it will be saved, reads it as ComfyUI would, and as it is loaded here.
 
     Raises ModelFileError naming what would be lost, before any time is spent on training; SettingError for a format
     that cannot hold this network.
     """
     shapes = weight_shapes(model, text_encoder)
-    if not isinstance(network, AdapterNetwork):
-        problems = check_comfyui_reads(export_tensors(outside_adapters(network), "comfy", None), shapes)
-        if problems:
-            raise ModelFileError(f"the adapter would not load in ComfyUI: {first_ten(problems)}")
-        return
+    own = network.adapter_tensors()
     for file_format in formats:
         tensors = network.export(file_format)
         problems = check_comfyui_reads(tensors, shapes)
-        again, _ = create_network_from_weights(1.0, None, None, text_encoder, model, weights_sd=tensors)
-        problems += _differences(network, again, exact=file_format != "diffusers")
+        if not problems:
+            problems = _differences(own, fit_adapter_tensors(tensors, shapes), exact=file_format != "diffusers")
         if problems:
             raise ModelFileError(f"the adapter would not load as it is in {file_format} form: {first_ten(problems)}")
 
 
-def _differences(network: AdapterNetwork, again: AdapterNetwork, exact: bool) -> list[str]:
-    """Modules that differ after a round trip; diffusers' form bakes alpha in, so there only deltas are compared."""
-    problems = [f"{path} is lost" for path in network.adapters if path not in again.adapters]
-    for path in network.adapters.keys() & again.adapters.keys():
-        own, read = network.adapters[path], again.adapters[path]
-        if exact:
-            theirs = read.tensors()
-            same = all(torch.equal(tensor.cpu(), theirs[suffix].cpu()) for suffix, tensor in own.tensors().items())
-        else:
-            same = own.weight_shape == read.weight_shape
+def _differences(own: Adapters, again: Adapters, exact: bool) -> list[str]:
+    """Modules that differ after a round trip; diffusers' form bakes alpha in, so there only shapes are compared."""
+    problems = [f"{path} is lost" for path in own if path not in again]
+    for path in own.keys() & again.keys():
+        theirs = again[path]
+        same = all(
+            suffix in theirs
+            and (torch.equal(tensor.cpu(), theirs[suffix]) if exact else tensor.shape == theirs[suffix].shape)
+            for suffix, tensor in own[path].items()
+        )
         if not same:
             problems.append(f"{path} comes back changed")
     return problems
 
 
-def save_network(
-    network: nn.Module, file: Path, dtype: torch.dtype, metadata: dict[str, str] | None, file_format: str
-) -> None:
-    """Writes a network as an adapter file. One of an outside module is put into ComfyUI's names from its own."""
-    if isinstance(network, AdapterNetwork):
-        network.save_weights(file, dtype, metadata, file_format)
-        return
-    save_adapter_file(file, outside_adapters(network), file_format, dtype, metadata)
-
-
-def outside_adapters(network: nn.Module) -> Adapters:
-    """The adapters of an outside module's network, read from its state's names as those of a file would be."""
-    tensors = {name: tensor.detach() for name, tensor in network.state_dict().items()}
-    parsed = parse_keys(tensors, {}, module_names_covering(tensors))
-    if parsed.unused or not parsed.adapters:
-        raise ModelFileError(f"tensors of the network that no adapter file can hold: {first_ten(parsed.unused)}")
-    return parsed.adapters
-
-
-def summary_table(network: nn.Module, groups: Collection[Mapping[str, Any]]) -> str:
+def summary_table(network: Network, groups: Collection[Mapping[str, Any]]) -> str:
     """What trains, one line for each parameter group: modules, their adapters, parameters, rate."""
-    types = infer_types(network.adapter_tensors()) if isinstance(network, AdapterNetwork) else {}
-    paths = {id(p): path for path in types for p in network.adapters[path].parameters()}
+    types, paths = infer_types(network.adapter_tensors()), network.paths()
     lines = [f"{'group':<16}{'modules':>8}  {'parameters':>12}  {'rate':>8}  adapters"]
     for group in groups:
-        own = {paths[id(parameter)] for parameter in group["params"] if id(parameter) in paths}
+        own = {paths[id(parameter)] for parameter in group["params"]}
         kinds = Counter(_described(types[path]) for path in own)
         lines.append(
-            f"{group.get('name', 'adapter'):<16}{len(own):>8}  {sum(p.numel() for p in group['params']):>12,}  "
+            f"{group['name']:<16}{len(own):>8}  {sum(p.numel() for p in group['params']):>12,}  "
             f"{group['lr']:>8.2g}  {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}"
         )
     return "\n".join(lines)

@@ -93,9 +93,8 @@ def test_what_cannot_be_given_is_told_from_the_plan(model, text_encoder, setting
     module = import_network_module(settings.network_module)
     with torch.device("meta"):
         plan = AnimaTransformer(CONFIG)
-    planned = create_network(settings, module, network_arguments(settings, ()), plan, text_encoder)
     with pytest.raises(SettingError, match=message):
-        check_planned(settings, planned, plan, text_encoder, caches_text=True)
+        check_planned(settings, module, network_arguments(settings, ()), plan, text_encoder, caches_text=True)
 
 
 def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encoder, tmp_path):
@@ -109,9 +108,8 @@ def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encode
         NetworkSettings(network_weights=nonsense),
         NetworkSettings(base_weights=(str(nonsense),)),
     ):
-        planned = create_network(settings, lora_anima, network_arguments(settings, ()), plan, text_encoder)
         with pytest.raises(ModelFileError, match=r"(rank8|nonsense)\.safetensors"):
-            check_planned(settings, planned, plan, text_encoder, caches_text=False)
+            check_planned(settings, lora_anima, network_arguments(settings, ()), plan, text_encoder, caches_text=False)
     fitting = NetworkSettings(network_weights=file, dim_from_weights=True)
     planned = create_network(fitting, lora_anima, network_arguments(fitting, ()), plan, text_encoder)
     assert {adapter.rank for adapter in planned.adapters.values()} == {8, 1}
@@ -119,9 +117,8 @@ def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encode
 
 def test_a_lone_text_encoder_rate_warns(model, text_encoder, caplog):
     settings = NetworkSettings(text_encoder_lr=1e-5)
-    network = build(settings, model, text_encoder)
     with caplog.at_level(logging.WARNING):
-        check_planned(settings, network, model, text_encoder, caches_text=False)
+        check_planned(settings, lora_anima, network_arguments(settings, ()), model, text_encoder, caches_text=False)
     assert "text_encoder_lr does nothing without network_args train_text_encoder=true" in caplog.text
 
 
