@@ -54,7 +54,7 @@ def merged_weight(weight: Tensor, tensors: Mapping[str, Tensor], strength: float
     W + strength · ΔW; with DoRA W + strength · ((W + ΔW) · dora_scale / ‖W‖ - W), the norm taken row by row.
     """
     if "dora_scale" not in tensors:
-        return weight + strength * delta_of(tensors)
+        return torch.add(weight, delta_of(tensors), alpha=strength)
     merged = weight + adapter_of(tensors).delta_weight()
     merged = merged * (tensors["dora_scale"].float() / weight.norm(dim=1, keepdim=True))
     return torch.lerp(weight, merged, strength)
