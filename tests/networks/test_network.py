@@ -377,6 +377,75 @@ def test_every_kind_gives_the_same_gradients_with_checkpointing(model, kind):
         torch.testing.assert_close(with_checkpointing, without, rtol=1e-5, atol=1e-6)
 
 
+def outputs_and_gradients(model, network) -> list[torch.Tensor]:
+    network.zero_grad()
+    output = run(model)
+    output.square().mean().backward()
+    return [output.detach(), *(parameter.grad.clone() for parameter in network.parameters())]
+
+
+COMPILED_IN_CI = ("lora", "lokr")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "aot_eager") for name in COMPILED_IN_CI),
+        *(pytest.param(name, "inductor", marks=pytest.mark.slow) for name in KINDS),
+    ],
+)
+def test_every_kind_gives_the_same_in_a_compiled_block(model, name, backend):
+    """The block is captured as one graph, adapters and all: a break in it would be an error."""
+    module, arguments = KINDS[name]
+    network = randomised(make_network(model, module=module, **arguments))
+    network.apply_to(None, model)
+    plain = outputs_and_gradients(model, network)
+    torch._dynamo.reset()
+    model.blocks[1].compile(backend=backend, fullgraph=True)
+    for compiled, expected in zip(outputs_and_gradients(model, network), plain, strict=True):
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_of_every_kind_equal_those_of_the_materialised_weight_in_float64(model, name):
+    module, arguments = KINDS[name]
+    network = randomised(make_network(model.double(), module=module, **arguments)).double()
+    network.apply_to(None, model)
+    for path in ("blocks.1.mlp.layer1", "llm_adapter.blocks.0.mlp.0", "blocks.0.self_attn.q_norm"):
+        layer, adapter = model.get_submodule(path), network.adapters[path]
+        x = torch.randn(2, 5, layer.weight.shape[-1], dtype=torch.float64, requires_grad=True)
+        inputs, seed = [x, *adapter.parameters()], torch.randn_like(layer(x))
+        ours = torch.autograd.grad(layer(x), inputs, seed)
+        with torch.no_grad():
+            base, norm = layer.weight, layer.weight.norm(dim=-1, keepdim=True)
+        weight = base + adapter.delta_weight()
+        if adapter.dora_scale is not None:
+            weight = weight * adapter.dora_scale / norm
+        if path.endswith("norm"):
+            dense = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        else:
+            dense = torch.nn.functional.linear(x, weight, layer.bias)
+        for gradient, expected in zip(ours, torch.autograd.grad(dense, inputs, seed), strict=True):
+            assert (gradient - expected).norm() / expected.norm() <= 1e-6
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_dropouts_of_every_kind_act_in_training_only(model, name):
+    module, arguments = KINDS[name]
+    network = randomised(
+        make_network(model, module=module, neuron_dropout=0.3, rank_dropout=0.3, module_dropout=0.3, **arguments)
+    )
+    network.apply_to(None, model)
+    network.eval()
+    still = run(model)
+    assert torch.equal(run(model), still)
+    network.train()
+    assert not torch.equal(run(model), still)
+    network.detach()
+    merged = merged_output(model, network)
+    assert (still - merged).norm() / merged.norm() <= 1e-4
+
+
 def test_a_limit_on_norms_shrinks_only_what_is_longer(model, kind):
     lengths = {path: adapter.delta_weight().norm().item() for path, adapter in kind.adapters.items()}
     limit = sorted(lengths[path] for path in expected_modules(2, 2))[20]
