@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tools.make_tiny_anima import make_tiny_anima
+from train_network import NetworkTrainer
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,51 @@ def tiny_anima(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_anima")
     make_tiny_anima(folder)
     return folder
+
+
+@pytest.fixture
+def config(tiny_anima, tmp_path):
+    """config(max_train_steps=2) -> command-line words for a run on the tiny model that writes into tmp_path."""
+
+    def words(**settings) -> list[str]:
+        values = {
+            "pretrained_model_name_or_path": tiny_anima / "anima.safetensors",
+            "vae": tiny_anima / "qwen_image_vae.safetensors",
+            "qwen": tiny_anima / "qwen3",
+            "t5_tokenizer_dir": tiny_anima / "t5",
+            "train_data_dir": tiny_anima / "train",
+            "output_dir": tmp_path / "output",
+            "output_name": "tiny",
+            "logging_dir": tmp_path / "logs",
+            "resolution": 64,
+            "enable_bucket": True,
+            "min_bucket_reso": 32,
+            "max_bucket_reso": 128,
+            "bucket_reso_steps": 16,
+            "train_batch_size": 4,
+            "cache_latents": True,
+            "learning_rate": 1e-3,
+            "max_train_steps": 2,
+            **settings,
+        }
+        lines = [f"{key} = {json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in values.items()]
+        path = tmp_path / "config.toml"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        return ["--config_file", str(path)]
+
+    return words
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[float]:
+    """Collects the loss of every optimizer step of the runs of a test."""
+    seen: list[float] = []
+    step = NetworkTrainer.step
+
+    def recorded(self, batches, sample_count):
+        loss = step(self, batches, sample_count)
+        seen.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(NetworkTrainer, "step", recorded)
+    return seen
