@@ -63,7 +63,9 @@ def decompose_product(left: Tensor, right: Tensor) -> Decomposition:
 def decompose_kronecker(first: Decomposition, second: Decomposition) -> Decomposition:
     """Of first ⊗ second: its singular values are all products of one of each, and so are its vectors."""
     values, order = torch.kron(first.values, second.values).sort(descending=True)
-    up, down = torch.kron(first.up, second.up), torch.kron(first.down, second.down)
+    # torch.kron cannot take views of every layout (2.13).
+    up = torch.kron(first.up.contiguous(), second.up.contiguous())
+    down = torch.kron(first.down.contiguous(), second.down.contiguous())
     return Decomposition(up[:, order], down[order], values)
 
 
