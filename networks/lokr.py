@@ -1,7 +1,7 @@
 """LoKr: a Kronecker-product update of one Linear (Yeh et al., 2023, "Navigating Text-To-Image Customization", LyCORIS).
 
 ΔW = scale · (w1 ⊗ w2), w1 [out_small, in_small], w2 [out_large, in_large]. The product is never built in training:
-(w1 ⊗ w2) x is w1 (X w2ᵀ) with x seen as a matrix X [in_small, in_large], which for 2048 × 2048 at factor 8 costs an
+(w1 ⊗ w2) x is w1 X w2ᵀ with x seen as a matrix X [in_small, in_large], which for 2048 × 2048 at factor 8 costs an
 eighth of a dense product.
 """
 
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks.adapter import NO_DROPOUT, Adapter, Dropouts, drop_rows
+
+# Rows are grouped until the small product's matrix has sides about this long, a tile of the matrix units.
+GROUPED_SIDE = 128
 
 
 def factorize(dimension: int, factor: int) -> tuple[int, int]:
@@ -123,7 +126,7 @@ class LoKr(Adapter):
 
     def add_delta(self, x: Tensor, base_output: Tensor) -> Tensor:
         dtype = base_output.dtype
-        w1, w2 = (self.w1 * self.scale).to(dtype), self.w2.to(dtype)
+        w1, w2 = (self.w1 if self.scale == 1 else self.w1 * self.scale).to(dtype), self.w2.to(dtype)
         if self.training and (self.dropouts.rank or self.dropouts.neuron):
             delta = KroneckerLinear.apply(x.to(dtype), torch.zeros_like(base_output), w1, w2)
             return base_output + drop_rows(delta, self.dropouts)
@@ -163,24 +166,65 @@ def _factor_sizes(tensors: dict[str, Tensor], name: str) -> tuple[tuple[int, int
 class KroneckerLinear(torch.autograd.Function):
     """base_output + x (w1 ⊗ w2)ᵀ for x [..., i1·i2], w1 [o1, i1], w2 [o2, i2], base_output [..., o1·o2].
 
-    Only x and the two factors are kept for the backward pass; X w2ᵀ, as large as the output, is computed again.
+    The factor that leaves the smaller product goes first; that product is computed again for the backward pass, which
+    keeps only x and the factors. Products with w1 take several rows side by side, see `_grouped`.
+
+    bmm is called by name: matmul of a matrix with a batch copies the batch when that requires a gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base_output: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w1, w2)
-        inner_NIO = F.linear(x.reshape(-1, w1.shape[1], w2.shape[1]), w2)
-        base_NOO = base_output.reshape(-1, w1.shape[0], w2.shape[0])
-        return torch.baddbmm(base_NOO, w1.expand(len(inner_NIO), -1, -1), inner_NIO).view_as(base_output)
+        g1 = _grouped(w1, x.numel() // (w1.shape[1] * w2.shape[1]))
+        ctx.save_for_backward(x, w1, g1, w2)
+        x_NII = x.reshape(-1, g1.shape[1], w2.shape[1])
+        g1_NOI = g1.expand(len(x_NII), -1, -1)
+        if _w1_goes_first(w1, w2):
+            inner_NOI = torch.bmm(g1_NOI, x_NII)
+            output = torch.addmm(base_output.reshape(-1, w2.shape[0]), inner_NOI.flatten(0, 1), w2.t())
+        else:
+            base_NOO = base_output.reshape(-1, g1.shape[0], w2.shape[0])
+            output = torch.baddbmm(base_NOO, g1_NOI, F.linear(x_NII, w2))
+        return output.view_as(base_output)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        x, w1, w2 = ctx.saved_tensors
-        x_NII = x.reshape(-1, w1.shape[1], w2.shape[1])
-        grad_NOO = grad_output.reshape(-1, w1.shape[0], w2.shape[0])
-        grad_inner_NIO = torch.matmul(w1.t(), grad_NOO)
-        grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
-        inner_NIO = F.linear(x_NII, w2)
-        grad_w1 = torch.matmul(grad_NOO, inner_NIO.transpose(1, 2)).sum(0)
-        return grad_x, grad_output, grad_w1, grad_w2
+        x, w1, g1, w2 = ctx.saved_tensors
+        x_NII = x.reshape(-1, g1.shape[1], w2.shape[1])
+        grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
+        g1_NOI = g1.expand(len(x_NII), -1, -1)
+        grad_x = None
+        if _w1_goes_first(w1, w2):
+            grad_inner_NOI = F.linear(grad_NOO, w2.t())
+            grad_w2 = grad_NOO.flatten(0, 1).t() @ torch.bmm(g1_NOI, x_NII).flatten(0, 1)
+            grad_g1 = torch.bmm(grad_inner_NOI, x_NII.transpose(1, 2))
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
+        else:
+            grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
+            grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
+            grad_g1 = torch.bmm(grad_NOO, F.linear(x_NII, w2).transpose(1, 2))
+            if ctx.needs_input_grad[0]:
+                grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
+        return grad_x, grad_output, _ungrouped(grad_g1.sum(0), w1), grad_w2
+
+
+def _w1_goes_first(w1: Tensor, w2: Tensor) -> bool:
+    return w1.shape[0] * w2.shape[1] <= w1.shape[1] * w2.shape[0]
+
+
+def _grouped(w1: Tensor, rows: int) -> Tensor:
+    """1 ⊗ w1 [g·o1, g·i1], which acts on g rows side by side as w1 does on each; g divides the number of rows.
+
+    A product with an 8 × 8 matrix leaves a GPU's matrix units idle: on an H200 the one for 4096 rows of 2048 takes
+    38 µs, and 10 µs in groups of 16 rows.
+    """
+    size = math.gcd(rows, max(1, GROUPED_SIDE // max(w1.shape)))
+    grouped = w1.new_zeros(size, w1.shape[0], size, w1.shape[1])
+    grouped.diagonal(dim1=0, dim2=2).copy_(w1[..., None])
+    return grouped.flatten(2).flatten(0, 1)
+
+
+def _ungrouped(grad_g1: Tensor, w1: Tensor) -> Tensor:
+    """The gradient of w1 from that of 1 ⊗ w1: the sum of its diagonal blocks."""
+    size = grad_g1.shape[0] // w1.shape[0]
+    return grad_g1.view(size, w1.shape[0], size, w1.shape[1]).diagonal(dim1=0, dim2=2).sum(-1)
