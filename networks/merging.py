@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +24,14 @@ class MergedAdapters:
     relative_errors: Mapping[str, float]
 
 
-def merge_adapters(sources: Sequence[tuple[Adapters, float]], rank: int | None) -> MergedAdapters:
+def merge_adapters(
+    sources: Sequence[tuple[Adapters, float]], rank: int | None, progress: Callable[[], object] = lambda: None
+) -> MergedAdapters:
     """One adapter that changes the weights as all sources do together, each times its strength.
 
     Exact: a module with one adapter, LoRA with LoRA (their ranks add up), norms, and plain differences with anything.
     rank: the other sums, and sums of LoRA with more ranks, become the nearest LoRA of this rank; None refuses them.
+    progress: called after each module; a dense one of 2048 x 8192 takes some seconds.
     Raises ModelFileError for modules that differ in shape or cannot be summed, SettingError where a rank is needed.
     """
     parts = {path: _parts(path, sources) for adapters, _ in sources for path in adapters}
@@ -45,6 +48,7 @@ def merge_adapters(sources: Sequence[tuple[Adapters, float]], rank: int | None) 
             merged[path] = _exact_sum(own)
         else:
             merged[path], relative_errors[path] = _nearest_lora(own, rank)
+        progress()
     return MergedAdapters(merged, relative_errors)
 
 

@@ -24,25 +24,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
-from library.console import show, show_error
+from library.console import progress_bar, show, show_error
 from library.errors import ModelFileError, SettingError, UserError
 from library.files import write_atomically
 from library.training.model_hashes import BLANK_HASHES, fill_hashes
-from networks.adapter_files import read_adapter_file, read_metadata, save_adapter_file
+from networks.adapter_files import read_adapter_file, read_metadata
 from networks.adapter_types import Adapters, describe_adapters, infer_types
 from networks.checkpoint_merge import plan_merge
-from networks.key_formats import FORMATS
 from networks.merging import merge_adapters
-
-PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from tools.adapter_output import add_output_arguments, check_output, write_adapter
+from tools.approximations import rank_metadata
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 1 after an error was shown."""
     arguments = _parse(argv)
     try:
+        check_output(arguments)
         weights = _checked_weights(arguments)
         if arguments.checkpoint is None:
             merge_into_one(arguments, weights)
@@ -58,18 +56,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Merge adapters into one adapter or into a checkpoint.")
     parser.add_argument("--adapters", type=Path, nargs="+", required=True, help="adapter files (.safetensors)")
     parser.add_argument("--weights", type=float, nargs="+", help="a strength for each adapter; unset: 1 for all")
-    parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
     parser.add_argument("--checkpoint", type=Path, help="transformer file to merge into; unset: one adapter is made")
     parser.add_argument("--rank", help='"exact" (default), or the rank of what has no exact sum; for adapters only')
-    parser.add_argument("--format", choices=FORMATS, help="whose spelling to write, default comfy; for adapters only")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="number format, default float; adapters only")
+    add_output_arguments(parser)
     return parser.parse_args(argv)
 
 
 def _checked_weights(arguments: argparse.Namespace) -> list[float]:
-    if arguments.output.exists() and not arguments.overwrite:
-        raise SettingError(f"--output: {arguments.output} exists; choose another name or add --overwrite")
     weights = arguments.weights or [1.0] * len(arguments.adapters)
     if len(weights) != len(arguments.adapters):
         raise SettingError(f"--weights: {len(weights)} numbers for {len(arguments.adapters)} adapters; give one each")
@@ -87,15 +80,12 @@ def merge_into_one(arguments: argparse.Namespace, weights: Sequence[float]) -> N
     if len(depths) > 1:
         raise ModelFileError(f"--adapters: they are for models of different depths: {', '.join(sorted(depths))} blocks")
     sources = [(parsed.adapters, weight) for (parsed, _), weight in zip(read, weights, strict=True)]
-    merged = merge_adapters(sources, rank)
-    metadata = _with_network(_metadata(arguments, weights, metadatas), merged.adapters)
-    file_format, dtype = arguments.format or "comfy", PRECISIONS[arguments.precision or "float"]
-
-    def write(file: Path) -> None:
-        save_adapter_file(file, merged.adapters, file_format, dtype, metadata)
-        fill_hashes(file)
-
-    write_atomically(arguments.output, write)
+    modules = {path for adapters, _ in sources for path in adapters}
+    with progress_bar(len(modules), "merging", unit="module") as bar:
+        merged = merge_adapters(sources, rank, bar.update)
+    metadata = _metadata(arguments, weights, metadatas)
+    metadata |= {key: value for key, value in _network_metadata(merged.adapters).items() if key in metadatas[0]}
+    write_adapter(arguments, merged.adapters, metadata)
     show(f"{arguments.output}: {describe_adapters(merged.adapters)}; {_errors_text(merged.relative_errors)}")
 
 
@@ -109,7 +99,7 @@ def _checked_rank(text: str | None) -> int | None:
 
 def _errors_text(relative_errors: Mapping[str, float]) -> str:
     if not relative_errors:
-        return "exact in all modules"
+        return "no module is approximated"
     worst = max(relative_errors, key=relative_errors.__getitem__)
     return (
         f"{len(relative_errors)} modules approximated by LoRA, with a relative error of the difference of "
@@ -119,8 +109,8 @@ def _errors_text(relative_errors: Mapping[str, float]) -> str:
 
 def merge_into_model(arguments: argparse.Namespace, weights: Sequence[float]) -> None:
     """Raises UserError before anything is written, but for values too large for the checkpoint's number format."""
-    for name in ("rank", "format", "precision"):
-        if getattr(arguments, name) is not None:
+    for name, unset in (("rank", None), ("format", "comfy"), ("precision", None)):
+        if getattr(arguments, name) != unset:
             raise SettingError(f"--{name} is for merging into one adapter; leave it out with --checkpoint")
     merge = plan_merge(arguments.checkpoint, list(zip(arguments.adapters, weights, strict=True)))
     metadata = _metadata(arguments, weights, [read_metadata(arguments.checkpoint)])
@@ -154,18 +144,11 @@ def _metadata(
     return {**merged, "merged_adapters": json.dumps(record)}
 
 
-def _with_network(metadata: Mapping[str, str], adapters: Adapters) -> dict[str, str]:
-    """With Kohya's keys for the type, rank and alpha made true again, where they are there and one value is."""
-    types = [found for found in infer_types(adapters).values() if found.kind in ("lora", "lokr", "loha")]
-    alphas = {float(own["alpha"]) for own in adapters.values() if "alpha" in own}
-    true = {
-        "ss_network_module": {f"networks.{found.kind}_anima" for found in types},
-        "ss_network_dim": {str(found.rank) for found in types},
-        "ss_network_alpha": {str(alpha) for alpha in alphas},
-    }
-    stale = {key for key in true if key in metadata}
-    kept = {key: value for key, value in metadata.items() if key not in stale}
-    return kept | {key: next(iter(true[key])) for key in stale if len(true[key]) == 1}
+def _network_metadata(adapters: Adapters) -> dict[str, str]:
+    """Kohya's keys for the type, the rank and alpha of the sum."""
+    kinds = {found.kind for found in infer_types(adapters).values()} & {"lora", "lokr", "loha"}
+    module = f"networks.{kinds.pop()}_anima" if len(kinds) == 1 else "(several types)"
+    return {"ss_network_module": module, **rank_metadata(adapters)}
 
 
 if __name__ == "__main__":
