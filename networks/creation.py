@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from library.errors import ModelFileError, SettingError, did_you_mean
 from networks.adapter import Adapter, Dropouts
-from networks.adapter_files import load_adapter_file
+from networks.adapter_files import fit_adapter_tensors, load_adapter_file
 from networks.adapter_types import Adapters, adapter_kind
 from networks.arguments import NetworkArguments, by_pattern, read_arguments
-from networks.key_formats import parse_keys, resolve_norm_values
+from networks.key_formats import resolve_norm_values
 from networks.loha import LoHa
 from networks.lokr import LoKr
 from networks.lora import LoRA
@@ -84,7 +84,7 @@ def create_network_from_weights(
     if weights_sd is None:
         given, _ = load_adapter_file(Path(file), shapes, allow_partial)
     else:
-        given = parse_keys(weights_sd, {}, shapes).adapters
+        given = fit_adapter_tensors(weights_sd, shapes, allow_partial)
     given = resolve_norm_values(given, lambda path: modules[path].weight)
     adapters = {path: _adapter_of(path, tensors, modules[path]) for path, tensors in given.items()}
     return AdapterNetwork(adapters, multiplier, read_arguments(network_args, None)), given

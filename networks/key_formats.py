@@ -250,33 +250,3 @@ def _check_diffusers_holds(adapters: Mapping[str, Mapping[str, Tensor]]) -> None
                 f"adapter format diffusers holds LoRA on the transformer only, and {path} has {kind}: "
                 f"{cures[kind]}, or choose the format comfy or kohya."
             )
-
-
-# --- ComfyUI's names alone ---
-
-
-def to_comfy(adapters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """{module path: {suffix: tensor}} -> {ComfyUI key: tensor}."""
-    return {
-        f"{COMFY_PREFIX}{path}.{suffix}": tensor
-        for path, tensors in adapters.items()
-        for suffix, tensor in tensors.items()
-    }
-
-
-def from_comfy(tensors: Mapping[str, Tensor], source: str) -> dict[str, dict[str, Tensor]]:
-    """{ComfyUI key: tensor} -> {module path: {suffix: tensor}}; ModelFileError lists keys that are not ComfyUI's."""
-    adapters: dict[str, dict[str, Tensor]] = {}
-    foreign = []
-    for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in _OWN_SUFFIXES if key.endswith(f".{suffix}")), None)
-        if suffix is None or not key.startswith(COMFY_PREFIX):
-            foreign.append(key)
-        else:
-            adapters.setdefault(key[len(COMFY_PREFIX) : -len(suffix) - 1], {})[suffix] = tensor
-    if foreign or not adapters:
-        raise ModelFileError(
-            f"{source}: not an adapter in ComfyUI's names (diffusion_model.<module>.lora_down.weight, …); "
-            f"{len(foreign)} other keys: {first_ten(foreign) or 'the file is empty'}"
-        )
-    return adapters
