@@ -14,6 +14,8 @@ import pytest
 from safetensors import safe_open
 
 from anima_train_network import main
+from networks.adapter_files import read_adapter_file
+from networks.adapter_types import infer_types
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "configs" / "examples"
@@ -38,15 +40,29 @@ def metadata(path: Path) -> dict[str, str]:
         return file.metadata()
 
 
+SMALL = ["--resolution", "64", "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "16"]
+
+
 def test_the_single_file_example(overlay, tiny_anima, tmp_path):
-    sizes = ["--resolution", "64", "--min_bucket_reso", "32", "--max_bucket_reso", "128", "--bucket_reso_steps", "16"]
     words = ["--config_file", str(EXAMPLES / "lora_single_file.toml"), "--train_data_dir", str(tiny_anima / "train")]
-    assert main([*words, *overlay, *sizes]) == 0
+    assert main([*words, *overlay, *SMALL]) == 0
     written = metadata(tmp_path / "output" / "my_anima_lora.safetensors")
     assert written["ss_network_dim"] == "32"
     assert written["ss_mixed_precision"] == "bf16"
     assert written["ss_lr_scheduler"] == "cosine_with_min_lr"
     assert (tmp_path / "output" / "my_anima_lora-state" / "run_state.json").is_file()
+
+
+def test_the_lokr_example(overlay, tiny_anima, tmp_path):
+    words = ["--config_file", str(EXAMPLES / "lokr_single_file.toml"), "--train_data_dir", str(tiny_anima / "train")]
+    assert main([*words, *overlay, *SMALL]) == 0
+    file = tmp_path / "output" / "my_anima_lokr.safetensors"
+    assert metadata(file)["ss_network_module"] == "networks.lokr_anima"
+    parsed, _ = read_adapter_file(file)
+    types = infer_types(parsed.adapters).values()
+    assert {(found.kind, found.factor, found.full_matrix) for found in types} == {
+        ("lokr", 8, True), ("norm", None, False),
+    }  # fmt: skip
 
 
 def test_the_two_file_example(overlay, tiny_anima, tmp_path):

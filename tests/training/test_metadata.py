@@ -62,7 +62,8 @@ def written(settings: Settings, known: RunFacts) -> dict[str, str]:
 def test_every_key_and_value(tmp_path):
     settings = read(
         tmp_path, "--optimizer_args", "weight_decay=0.1", "betas=(0.9, 0.99)", "--gradient_accumulation_steps", "3",
-        "--output_name", "cat", "--seed", "7", "--learning_rate", "1e-4",
+        "--output_name", "cat", "--seed", "7", "--learning_rate", "1e-4", "--unet_lr", "2e-4",
+        "--text_encoder_lr", "1e-5", "--scale_weight_norms", "0.5",
     )  # fmt: skip
     told = written(settings, facts(session_id=5, commit_hash="abc"))
     data_keys = {key for key in told if key[3:] in facts().data}
@@ -73,7 +74,10 @@ def test_every_key_and_value(tmp_path):
         "ss_network_alpha": "1.0",
         "ss_network_dropout": "0.0",
         "ss_network_args": '{"target_modules": "self_attn.q_proj", "train_llm_adapter": "true"}',
+        "ss_scale_weight_norms": "0.5",
         "ss_learning_rate": "0.0001",
+        "ss_unet_lr": "0.0002",
+        "ss_text_encoder_lr": "1e-05",
         "ss_optimizer": "AdamW(weight_decay=0.1,betas=(0.9, 0.99))",
         "ss_lr_scheduler": "constant",
         "ss_lr_warmup_steps": "0",
