@@ -27,6 +27,17 @@ _LYCORIS_REFUSED = {
 }
 
 
+def check_outside_settings(settings: NetworkSettings, arguments: Mapping[str, str]) -> None:
+    """Raises SettingError for what no network of another package, or LyCORIS', can do here."""
+    if settings.dim_from_weights:
+        raise SettingError("dim_from_weights: builds networks of this project only; set network_module to one of them")
+    if settings.network_module != LYCORIS:
+        return
+    for name, reason in _LYCORIS_REFUSED.items():
+        if arguments.get(name, "false").lower() not in ("false", "0"):
+            raise SettingError(f"network_args: {name}: {reason}")
+
+
 def create_outside_network(
     settings: NetworkSettings,
     module: ModuleType,
@@ -36,10 +47,8 @@ def create_outside_network(
 ) -> OutsideNetwork:
     """A new network of another package, for models that are loaded: it may read their weights.
 
-    Raises SettingError for what the network module cannot do, and for what it raises itself.
+    Raises SettingError for whatever the network module raises, and for a norm limit that it does not know.
     """
-    if settings.dim_from_weights:
-        raise SettingError("dim_from_weights: builds networks of this project only; set network_module to one of them")
     defaults = _lycoris_defaults(arguments) if settings.network_module == LYCORIS else {}
     if settings.network_dropout:
         defaults |= {"dropout": settings.network_dropout, "neuron_dropout": settings.network_dropout}
@@ -62,11 +71,7 @@ def _lycoris_defaults(arguments: Mapping[str, str]) -> dict[str, Any]:
 
     bypass_mode adds the adapter's output to the Linear's. Without it LyCORIS adds the change to the weight in the
     model's dtype: in bf16 a change of a hundredth of the weight then comes out 15 % off (measured; 2 % with it).
-    Raises SettingError for what LyCORIS offers and cannot do here.
     """
-    for name, reason in _LYCORIS_REFUSED.items():
-        if arguments.get(name, "false").lower() not in ("false", "0"):
-            raise SettingError(f"network_args: {name}: {reason}")
     defaults: dict[str, Any] = {"preset": str(LYCORIS_PRESET)}
     if arguments.get("algo", "lora").lower() in ("lora", "locon", "loha", "lokr"):
         defaults["bypass_mode"] = True

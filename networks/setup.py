@@ -22,7 +22,7 @@ from networks.comfyui_reader import check_comfyui_reads
 from networks.creation import create_network_from_weights, weight_shapes
 from networks.key_formats import write_keys
 from networks.network import AdapterNetwork
-from networks.outside import OutsideNetwork, create_outside_network
+from networks.outside import OutsideNetwork, check_outside_settings, create_outside_network
 from networks.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def network_arguments(settings: NetworkSettings, given: Collection[str]) -> dict
                 f"{', '.join(unknown)}: for this project's network modules only; put what {settings.network_module} "
                 "has of the kind into network_args"
             )
+        check_outside_settings(settings, arguments)
         return arguments
     for name in _SETTINGS_AS_ARGUMENTS:
         value = getattr(settings, name)

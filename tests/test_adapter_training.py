@@ -218,6 +218,15 @@ def test_samples_are_rendered_without_dropout(config, tiny_anima, monkeypatch):
     assert modes == [True, False, True, False]
 
 
-def test_fp8_base_is_refused(config, capsys):
-    assert main(config(fp8_base=True)) == 1
-    assert "fp8_base" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fp8_base": True}, "fp8_base"),
+        ({"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=true"]}, "dora_wd"),
+        ({"network_module": LYCORIS, "train_norm": True}, "train_norm: for this project's network modules only"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_model_is_loaded(config, capsys, monkeypatch, settings, message):
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
+    assert main(config(**settings)) == 1
+    assert message in capsys.readouterr().err
