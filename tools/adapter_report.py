@@ -1,0 +1,172 @@
+"""What an adapter file holds, read module by module: types, strengths, sizes of its changes, and what is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from library.anima_runtime.file_kinds import describe_tensors
+from library.anima_runtime.model_files import read_header
+from library.anima_runtime.quantised import StoredTensor
+from library.errors import ModelFileError
+from networks.adapter_files import read_metadata, read_peft_config
+from networks.adapter_types import (
+    NORM_VALUE,
+    AdapterType,
+    describe_adapters,
+    infer_types,
+    tensor_shapes,
+    weight_shape,
+)
+from networks.comfyui_reader import check_comfyui_reads
+from networks.deltas import adapter_of, bias_delta_of
+from networks.key_formats import FileKey, find_keys, parse_keys
+from networks.merging import changes_weight
+from networks.module_names import module_names_covering
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file whose tensors are read when they are asked for. keys: what belongs to which module."""
+
+    path: Path
+    header: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    peft_config: Mapping[str, Any] | None
+    keys: Mapping[str, FileKey]
+
+    @property
+    def modules(self) -> dict[str, list[str]]:
+        """The file's keys by module path."""
+        modules: dict[str, list[str]] = {}
+        for key, file_key in self.keys.items():
+            modules.setdefault(file_key.path, []).append(key)
+        return modules
+
+    def read(self, keys: list[str]) -> dict[str, Tensor]:
+        """Tensors by the file's keys."""
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in keys}
+
+    def parse(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One module's tensors by suffix, alpha with them. Raises ModelFileError where they are no whole adapter."""
+        return parse_keys(tensors, self.metadata, [module], self.peft_config).adapters[module]
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """strength: what the product of the factors is multiplied by; None where nothing is.
+
+    norm: of ΔW (Frobenius; DoRA's before its rescaling), or of the bias's change where there is no ΔW; None where the
+    base would be needed, or where it is not finite.
+    """
+
+    shape: tuple[int, ...] | None
+    alpha: float | None
+    strength: float | None
+    norm: float | None
+    changes_nothing: bool
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """modules, types: by path, of whole adapters only. problems: a line each; a healthy file has none."""
+
+    file: str
+    size: int
+    format: str
+    dtypes: tuple[str, ...]
+    description: str
+    types: Mapping[str, AdapterType]
+    modules: Mapping[str, ModuleReport]
+    problems: tuple[str, ...]
+    metadata: Mapping[str, str]
+
+
+def open_adapter(path: Path) -> AdapterFile:
+    """Reads the header. Raises ModelFileError for a file that is no adapter, or of a type that nobody here reads."""
+    header = read_header(path)
+    try:
+        keys = find_keys(header, module_names_covering(header))
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    if not keys:
+        raise ModelFileError(f"{path} is no adapter for Anima: it looks like {describe_tensors(header)}")
+    return AdapterFile(path, header, read_metadata(path), read_peft_config(path), keys)
+
+
+def inspect_adapter(file: AdapterFile) -> AdapterReport:
+    """Reads every tensor once, one module at a time."""
+    problems = [f"{key}: belongs to no module of Anima" for key in file.header if key not in file.keys]
+    modules: dict[str, ModuleReport] = {}
+    outlines: dict[str, dict[str, Tensor]] = {}
+    for_comfyui = {key: torch.empty(0) for key in file.header if key not in file.keys}
+    for path, keys in file.modules.items():
+        tensors = file.read(keys)
+        for_comfyui |= {key: _outline(key, tensor) for key, tensor in tensors.items()}
+        problems += [f"{key}: NaN or infinity" for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        try:
+            own = file.parse(path, tensors)
+        except ModelFileError as error:
+            problems.append(str(error))
+            continue
+        modules[path] = _measure(own)
+        outlines[path] = {suffix: _outline(suffix, tensor) for suffix, tensor in own.items()}
+    if modules and all(module.changes_nothing for module in modules.values()):
+        problems.append("all modules are zero: the file changes nothing")
+    shapes = {path: module.shape or () for path, module in modules.items()}
+    problems += _comfyui_problems(for_comfyui, dict.fromkeys(file.modules, ()) | shapes)
+    return AdapterReport(
+        file=str(file.path),
+        size=file.path.stat().st_size,
+        format=" and ".join(sorted({key.format for key in file.keys.values()})),
+        dtypes=tuple(sorted({tensor.dtype for key, tensor in file.header.items() if not key.endswith("alpha")})),
+        description=describe_adapters(outlines),
+        types=infer_types(outlines),
+        modules=modules,
+        problems=tuple(problems),
+        metadata=file.metadata,
+    )
+
+
+def _outline(name: str, tensor: Tensor) -> Tensor:
+    """The shape alone, but alpha's value; as float32, since every reader takes an alpha of any number format."""
+    return tensor.float().reshape(()) if name.endswith("alpha") and tensor.numel() == 1 else tensor.to("meta")
+
+
+def _measure(own: Mapping[str, Tensor]) -> ModuleReport:
+    norm, strength = None, None
+    if not changes_weight(own):
+        norm = float(bias_delta_of(own).norm())
+    elif "diff" in own:
+        norm = float(own["diff"].double().norm())
+    elif NORM_VALUE not in own:
+        adapter = adapter_of(own).double()
+        norm, strength = float(adapter.delta_norm()), getattr(adapter, "scale", None)
+    bias = bias_delta_of(own)
+    return ModuleReport(
+        shape=weight_shape("the adapter", tensor_shapes(own)),
+        alpha=_finite(float(own["alpha"])) if "alpha" in own else None,
+        strength=_finite(strength),
+        norm=_finite(norm),
+        changes_nothing=norm == 0 and "dora_scale" not in own and (bias is None or not bias.any()),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON knows neither NaN nor infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _comfyui_problems(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    problems = [f"ComfyUI: {problem}" for problem in check_comfyui_reads(tensors, shapes)]
+    if len([problem for problem in problems if problem.endswith("reads no such key")]) < len(tensors):
+        return problems
+    return ["ComfyUI reads none of the keys: convert the file with tools/convert_adapter.py --format comfy"]
