@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
@@ -52,7 +53,7 @@ from networks.setup import (
 logger = logging.getLogger("train_network")
 
 
-class NetworkTrainer:
+class NetworkTrainer(ABC):
     """Trains an adapter network on captioned pictures.
 
     `train` is the whole run. What depends on the model is in the hooks, which a subclass implements.
@@ -66,40 +67,41 @@ class NetworkTrainer:
 
     # --- hooks: what the model is ---
 
+    @abstractmethod
     def check_model_files(self) -> None:
         """Refuses wrong model files by what their headers say, before anything is loaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def planned_models(self) -> tuple[nn.Module, nn.Module]:
         """What `load_models` will return, without weights; called on the meta device, after the files' check."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         """Loads all models, frozen, and returns the two that adapters may change: the model and its text encoder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] -> latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def latents_are_cached(self) -> None:
         """Called when no picture will be encoded any more: frees what only that needed."""
 
+    @abstractmethod
     def sample_losses(self, batch: Batch) -> Tensor:
         """The loss of each sample of a batch: float32 [B]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def render_samples(self, folder: Path, tag: str) -> None:
         """Renders the sample prompts into `folder`; `tag` (e000002 or 000100) goes into the names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model_files(self) -> Mapping[str, Path]:
         """The files that an adapter's metadata names and hashes, by Kohya's names: sd_model and vae."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model_facts(self) -> Mapping[str, Any]:
         """What else an adapter's metadata says of the model and its objective, by its keys."""
-        raise NotImplementedError
 
     # --- the run ---
 

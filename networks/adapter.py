@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +26,10 @@ class Dropouts:
 NO_DROPOUT = Dropouts()
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Changes the output of one module of the model. Parameters are float32 whatever the model's dtype.
 
-    A subclass fills in `weight_shape` and the methods below that raise NotImplementedError.
+    A subclass fills in the abstract methods.
     """
 
     rank: int
@@ -42,29 +43,29 @@ class Adapter(nn.Module):
         self.register_parameter("dora_scale", None)
 
     @property
+    @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the module's weight."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_delta(self, x: Tensor, base_output: Tensor) -> Tensor:
         """base_output [..., out] plus what the adapter makes of x [..., in]; in base_output's dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta_weight(self) -> Tensor:
         """What is added to the module's weight: float32, in its shape (before DoRA's rescaling)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
         """What a file holds of this adapter, by suffix; detached, float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Takes over a file's values of equal shapes, and alpha where it is given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shrink(self, ratio: Tensor) -> None:
         """Multiplies the delta by a 0-d ratio, in place."""
-        raise NotImplementedError
 
     def delta_norm(self) -> Tensor:
         """Frobenius norm of the delta, 0-d."""

@@ -141,6 +141,7 @@ def test_every_kind_is_proven_loadable(model, text_encoder, settings):
     for parameter in network.parameters():
         nn.init.normal_(parameter)
     prove_loadable(network, settings.adapter_format, model, text_encoder)
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize(
