@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from networks.adapter import NO_DROPOUT, Adapter, Dropouts
+from networks.adapter import NO_DROPOUT, Adapter
 
 
 class NormDelta(Adapter):
@@ -18,14 +18,14 @@ class NormDelta(Adapter):
     rank = 1
     alpha = 1.0
 
-    def __init__(self, size: int, dropouts: Dropouts = NO_DROPOUT) -> None:
-        super().__init__(dropouts)
+    def __init__(self, size: int) -> None:
+        super().__init__(NO_DROPOUT)
         self.w_norm = nn.Parameter(torch.zeros(size))
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], dropouts: Dropouts = NO_DROPOUT) -> NormDelta:
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> NormDelta:
         """A delta of the file's own size."""
-        return cls(tensors["w_norm"].shape[0], dropouts)
+        return cls(tensors["w_norm"].shape[0])
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
