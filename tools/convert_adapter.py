@@ -15,20 +15,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from library.anima_runtime.model_files import read_header
 from library.console import show, show_error
 from library.errors import ModelFileError, SettingError, UserError
-from library.files import write_atomically
-from library.training.model_hashes import BLANK_HASHES, fill_hashes
-from networks.adapter_files import read_adapter_file, save_adapter_file
+from networks.adapter_files import read_adapter_file
 from networks.adapter_types import NORM_VALUE, describe_adapters
-from networks.key_formats import FORMATS, resolve_norm_values
-
-PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from networks.key_formats import resolve_norm_values
+from tools.adapter_output import add_output_arguments, check_output, write_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,18 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convert an adapter file to another program's spelling.")
     parser.add_argument("--input", type=Path, required=True, help="adapter file (.safetensors)")
-    parser.add_argument("--output", type=Path, required=True, help="file to write (.safetensors)")
-    parser.add_argument("--format", choices=FORMATS, required=True, help="whose spelling to write")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="number format; unset keeps each tensor's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    add_output_arguments(parser, default_format=None)
     parser.add_argument("--base_model", type=Path, help="transformer file; only for files with absolute norm values")
     return parser.parse_args(argv)
 
 
 def convert(arguments: argparse.Namespace) -> None:
     """Reads, renames and writes. Raises UserError before anything is written."""
-    if arguments.output.exists() and not arguments.overwrite:
-        raise SettingError(f"--output: {arguments.output} exists; choose another name or add --overwrite")
+    check_output(arguments)
     parsed, metadata = read_adapter_file(arguments.input)
     adapters = parsed.adapters
     if any(NORM_VALUE in own for own in adapters.values()):
@@ -65,14 +57,7 @@ def convert(arguments: argparse.Namespace) -> None:
                 f"{arguments.input} holds absolute norm values; give the transformer they belong to with --base_model"
             )
         adapters = resolve_norm_values(adapters, _weight_reader(arguments.base_model))
-    metadata |= {key: blank for key, blank in BLANK_HASHES.items() if key in metadata}
-    dtype = PRECISIONS.get(arguments.precision)
-
-    def write(file: Path) -> None:
-        save_adapter_file(file, adapters, arguments.format, dtype, metadata)
-        fill_hashes(file)
-
-    write_atomically(arguments.output, write)
+    write_adapter(arguments, adapters, metadata)
     show(f"{arguments.output}: {describe_adapters(adapters)}; {parsed.format} -> {arguments.format}")
 
 

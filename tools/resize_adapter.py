@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch import Tensor
 
-from library.console import show, show_error
+from library.console import progress_bar, show, show_error
 from library.errors import ModelFileError, SettingError, UserError
 from networks.adapter_files import read_adapter_file
 from networks.adapter_types import NORM_VALUE, Adapters, adapter_kind, describe_adapters
@@ -72,23 +72,35 @@ def resize_adapters(adapters: Adapters, limits: Limits, as_lora: bool) -> tuple[
     """
     for path, own in adapters.items():
         _check_resizable(path, own, as_lora)
-    resized, approximations = {}, {}
-    for path, own in adapters.items():
-        kind = adapter_kind(path, own)
-        becomes_lora = as_lora and (kind in ("lokr", "loha") or (own.keys() == {"diff"} and own["diff"].ndim == 2))
-        if kind not in ("lora", "lokr") and not becomes_lora:
-            resized[path] = own
-            continue
-        scales = {suffix: tensor for suffix, tensor in own.items() if suffix == "dora_scale"}
-        factors = {suffix: tensor for suffix, tensor in own.items() if suffix not in scales}
-        approximations[path] = (to_lora if becomes_lora else resize)(factors, limits)
-        resized[path] = scales | approximations[path].tensors
+    approximations: dict[str, Approximation] = {}
+    with progress_bar(len(adapters), "resizing", unit="module") as bar:
+        for path, own in adapters.items():
+            found = _approximate(own, adapter_kind(path, own), limits, as_lora)
+            if found is not None:
+                approximations[path] = found
+            bar.update()
     if not approximations:
         raise SettingError("the adapter has no module with a rank (LoRA, LoKr), so there is nothing to resize")
     full_rank = max(found.full_rank for found in approximations.values())
     if limits.rank is not None and limits.rank > full_rank:
         raise SettingError(f"--rank {limits.rank}: no module has a rank above {full_rank}; resizing only makes smaller")
-    return resized, approximations
+    return {path: _replaced(own, approximations.get(path)) for path, own in adapters.items()}, approximations
+
+
+def _approximate(own: Mapping[str, Tensor], kind: str, limits: Limits, as_lora: bool) -> Approximation | None:
+    """None for what goes over as it is."""
+    becomes_lora = as_lora and (kind in ("lokr", "loha") or (own.keys() == {"diff"} and own["diff"].ndim == 2))
+    if kind not in ("lora", "lokr") and not becomes_lora:
+        return None
+    factors = {suffix: tensor for suffix, tensor in own.items() if suffix != "dora_scale"}
+    return (to_lora if becomes_lora else resize)(factors, limits)
+
+
+def _replaced(own: dict[str, Tensor], found: Approximation | None) -> dict[str, Tensor]:
+    """A module's new tensors, with the DoRA scales of the old."""
+    if found is None:
+        return own
+    return {suffix: tensor for suffix, tensor in own.items() if suffix == "dora_scale"} | found.tensors
 
 
 def _check_resizable(path: str, own: Mapping[str, Tensor], as_lora: bool) -> None:
