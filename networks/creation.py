@@ -15,10 +15,9 @@ from networks.adapter import Adapter, Dropouts
 from networks.adapter_files import fit_adapter_tensors, load_adapter_file
 from networks.adapter_types import Adapters, adapter_kind
 from networks.arguments import NetworkArguments, by_pattern, read_arguments
+from networks.deltas import ADAPTER_CLASSES
 from networks.key_formats import resolve_norm_values
-from networks.loha import LoHa
 from networks.lokr import LoKr
-from networks.lora import LoRA
 from networks.network import AdapterNetwork
 from networks.norm import NormDelta
 from networks.patterns import unmatched, value_for
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 # From here on a rank stands for "whole matrix" (LyCORIS' users write 100000).
 WHOLE_MATRIX_RANK = 100000
-
-_CLASSES: dict[str, type[Adapter]] = {"lora": LoRA, "lokr": LoKr, "loha": LoHa, "norm": NormDelta}
 
 
 def entry_point(adapter_type: str) -> Callable[..., AdapterNetwork]:
@@ -141,7 +138,7 @@ def _new_adapter(
             factor=arguments.factor, full_matrix=arguments.full_matrix, decompose_both=arguments.decompose_both,
         )  # fmt: skip
     else:
-        adapter = _CLASSES[adapter_type](*sizes, rank, alpha, dropouts)
+        adapter = ADAPTER_CLASSES[adapter_type](*sizes, rank, alpha, dropouts)
     if arguments.dora:
         adapter.enable_dora(linear)
     return adapter
@@ -157,12 +154,12 @@ def _check_ranks(ranks: Sequence[int], adapter_type: str) -> None:
 
 def _adapter_of(path: str, tensors: dict[str, Tensor], module: nn.Module) -> Adapter:
     kind = adapter_kind(path, tensors)
-    if kind not in _CLASSES or "b_norm" in tensors:
+    if kind not in ADAPTER_CLASSES or "b_norm" in tensors:
         raise ModelFileError(
             f"the adapter file changes {path} by {', '.join(tensors)}; "
             "only LoRA, LoKr, LoHa and norm differences can be trained or merged here"
         )
-    adapter = _CLASSES[kind].from_tensors(tensors)
+    adapter = ADAPTER_CLASSES[kind].from_tensors(tensors)
     if "dora_scale" in tensors:
         adapter.enable_dora(module)
     adapter.load_tensors(tensors)

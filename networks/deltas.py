@@ -15,7 +15,7 @@ from networks.lokr import LoKr
 from networks.lora import LoRA
 from networks.norm import NormDelta
 
-_CLASSES: dict[str, type[Adapter]] = {"lora": LoRA, "lokr": LoKr, "loha": LoHa, "norm": NormDelta}
+ADAPTER_CLASSES: dict[str, type[Adapter]] = {"lora": LoRA, "lokr": LoKr, "loha": LoHa, "norm": NormDelta}
 
 
 def delta_of(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -39,10 +39,10 @@ def adapter_of(tensors: Mapping[str, Tensor]) -> Adapter:
     Raises ModelFileError for a plain difference (`.diff`), absolute norm values, and changes of the bias only.
     """
     kind = adapter_kind("the adapter", tensors)
-    if kind not in _CLASSES or (kind == "norm" and "w_norm" not in tensors):
+    if kind not in ADAPTER_CLASSES or (kind == "norm" and "w_norm" not in tensors):
         raise ModelFileError(f"{', '.join(tensors)}: no adapter that changes a weight")
     factors = {suffix: tensor for suffix, tensor in tensors.items() if suffix != "dora_scale"}
-    adapter = _CLASSES[kind].from_tensors(factors)
+    adapter = ADAPTER_CLASSES[kind].from_tensors(factors)
     adapter.load_tensors(factors)
     return adapter.requires_grad_(False)
 

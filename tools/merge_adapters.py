@@ -103,7 +103,7 @@ def _errors_text(relative_errors: Mapping[str, float]) -> str:
     worst = max(relative_errors, key=relative_errors.__getitem__)
     return (
         f"{len(relative_errors)} modules approximated by LoRA, with a relative error of the difference of "
-        f"{statistics.median(relative_errors.values()):.2%} in the median, {relative_errors[worst]:.2%} in {worst}"
+        f"{statistics.median(relative_errors.values()):.3g} in the median, {relative_errors[worst]:.3g} in {worst}"
     )
 
 
