@@ -111,7 +111,9 @@ def inspect_adapter(file: AdapterFile) -> AdapterReport:
     for path, keys in file.modules.items():
         tensors = file.read(keys)
         for_comfyui |= {key: _outline(key, tensor) for key, tensor in tensors.items()}
-        problems += [f"{key}: NaN or infinity" for key, tensor in tensors.items() if not tensor.isfinite().all()]
+        problems += [
+            f"{key}: NaN or infinity" for key, tensor in tensors.items() if not tensor.float().isfinite().all()
+        ]
         try:
             own = file.parse(path, tensors)
         except ModelFileError as error:
@@ -137,8 +139,13 @@ def inspect_adapter(file: AdapterFile) -> AdapterReport:
 
 
 def _outline(name: str, tensor: Tensor) -> Tensor:
-    """The shape alone, but alpha's value; as float32, since every reader takes an alpha of any number format."""
-    return tensor.float().reshape(()) if name.endswith("alpha") and tensor.numel() == 1 else tensor.to("meta")
+    """The shape alone; of an alpha its value, as float32, since every reader takes one of any number format.
+
+    An alpha of several numbers is a problem already told, and 1 here.
+    """
+    if not name.endswith("alpha"):
+        return tensor.to("meta")
+    return tensor.float().reshape(()) if tensor.numel() == 1 else torch.tensor(1.0)
 
 
 def _measure(own: Mapping[str, Tensor]) -> ModuleReport:

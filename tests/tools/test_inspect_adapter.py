@@ -101,6 +101,7 @@ BAD = {
     "all modules are zero": {FIRST: lora(scale=0.0), "t_embedding_norm": {"w_norm": torch.zeros(4)}},
     "belongs to no module of Anima": {FIRST: lora(), "blocks.0.mlp.layer7": lora()},
     "stands for no strength": {FIRST: alphas(math.inf)},
+    "one number is expected": {FIRST: alphas([1.0, 2.0]), SECOND: lora()},
     "the strength differs by version": {
         FIRST: {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(4, 3), "alpha": torch.tensor(7.0)}
     },
@@ -138,6 +139,14 @@ def test_half_precision_alphas_are_no_problem(file, capsys):
     write(file, {FIRST: {**lora(), "alpha": torch.tensor([1.0], dtype=torch.bfloat16)}})
     code, told = inspect(capsys, file)
     assert code == 0 and told["files"][0]["modules"][FIRST]["strength"] == 0.5
+
+
+def test_float8_files_are_read(file, capsys):
+    own = {suffix: tensor.to(torch.float8_e4m3fn) for suffix, tensor in lora().items()}
+    write(file, {FIRST: own})
+    code, told = inspect(capsys, file)
+    expected = product({suffix: tensor.float() for suffix, tensor in own.items()}).norm()
+    assert code == 0 and told["files"][0]["modules"][FIRST]["norm"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_dora_is_told_with_what_its_norms_are(file, capsys):
