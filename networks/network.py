@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.errors import ModelFileError, first_ten
+from library.errors import ModelFileError, SettingError, first_ten
 from networks.adapter import Adapter
 from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
 from networks.adapter_types import Adapters
@@ -98,25 +98,29 @@ class AdapterNetwork(nn.Module):
         """Parameter groups for an optimizer, with names for the curves; each rate as far as given, else learning_rate.
 
         A group holds the parameters of one part (transformer, llm_adapter, text_encoder) that learn at one rate:
-        network_reg_lrs and loraplus_lr_ratio make more of them. Rate 0 leaves a part out.
+        network_reg_lrs and loraplus_lr_ratio make more of them. What would learn at rate 0 is frozen.
+        Raises SettingError when nothing is left to train.
         """
         rates = {
             "transformer": unet_lr,
             "llm_adapter": unet_lr if self.arguments.llm_adapter_lr is None else self.arguments.llm_adapter_lr,
             "text_encoder": text_encoder_lr,
         }
+        own_rates = by_pattern("network_reg_lrs", self.arguments.network_reg_lrs, float)
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
         for path, adapter in self.adapters.items():
             part = part_of(path)
             base = learning_rate if rates[part] is None else rates[part]
-            rate = value_for(path, by_pattern("network_reg_lrs", self.arguments.network_reg_lrs, float), base)
+            rate = value_for(path, own_rates, base)
             for name, parameter in adapter.named_parameters():
                 faster = self.arguments.loraplus_lr_ratio if name in adapter.output_side else None
-                groups.setdefault((part, rate * (faster or 1.0)), []).append(parameter)
+                parameter.requires_grad_(rate > 0)
+                if rate > 0:
+                    groups.setdefault((part, rate * (faster or 1.0)), []).append(parameter)
+        if not groups:
+            raise SettingError("learning_rate: every part of the adapter would learn at rate 0")
         return [
-            {"name": name, "lr": rate, "params": parameters}
-            for (name, rate), parameters in numbered(groups).items()
-            if rate > 0
+            {"name": name, "lr": rate, "params": parameters} for (name, rate), parameters in numbered(groups).items()
         ]
 
     def paths(self) -> dict[int, str]:

@@ -487,6 +487,19 @@ def test_rates_by_part_and_pattern_and_for_lora_plus(model):
     assert named["llm_adapter.blocks.0.mlp.0.lora_up.weight"] == pytest.approx(16e-5)
 
 
+def test_what_would_learn_at_rate_zero_is_frozen(model):
+    """Gradients that no optimizer clears would add up and weigh in the clipping."""
+    network = make_network(model, network_reg_lrs="mlp.layer1=0")
+    groups = network.prepare_optimizer_params(None, None, 1e-3)
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    frozen = {name for name, parameter in network.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, parameter in network.named_parameters() if id(parameter) not in trained}
+    assert len(frozen) == 2 * 2
+    assert all(".mlp.layer1." in name for name in frozen)
+    with pytest.raises(SettingError, match="rate 0"):
+        network.prepare_optimizer_params(None, 0.0, 0.0)
+
+
 def test_targets_are_excluded_and_included(model):
     def paths(**arguments):
         return set(make_network(model, train_norm=False, **arguments).adapters)

@@ -6,8 +6,6 @@ from lycoris.kohya import create_network_from_weights as lycoris_from_weights
 from safetensors.torch import load_file
 from torch import nn
 
-from library.anima_runtime.config import AnimaConfig, LLMAdapterConfig
-from library.anima_runtime.transformer import AnimaTransformer
 from library.errors import ModelFileError, SettingError
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.comfyui_reader import check_comfyui_reads
@@ -24,36 +22,12 @@ from networks.setup import (
     summary_table,
 )
 
-CONFIG = AnimaConfig(
-    latent_channels=16, patch_size=2, width=64, depth=1, head_size=32, mlp_width=128, context_width=32, adaln_rank=8,
-    llm_adapter=LLMAdapterConfig(
-        vocabulary=64, width=32, depth=1, head_size=16, mlp_width=48, source_width=24, context_width=32
-    ),
-)  # fmt: skip
 ALGORITHMS = {
     "lokr": ("algo=lokr", "factor=8"),
     "lokr_whole": ("algo=lokr", "factor=8", "full_matrix=True"),
     "loha": ("algo=loha",),
     "lora": ("algo=lora",),
 }
-
-
-def make_model() -> AnimaTransformer:
-    torch.manual_seed(0)
-    return AnimaTransformer(CONFIG).requires_grad_(False)
-
-
-@pytest.fixture
-def model() -> AnimaTransformer:
-    return make_model()
-
-
-@pytest.fixture
-def text_encoder() -> nn.Module:
-    from transformers import Qwen3Config, Qwen3Model
-
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return Qwen3Model(Qwen3Config(vocab_size=40, num_hidden_layers=1, head_dim=12, **sizes)).requires_grad_(False)
 
 
 def build(model, text_encoder=None, **settings) -> OutsideNetwork:
@@ -79,7 +53,7 @@ def live_delta(linear: nn.Linear) -> torch.Tensor:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("file_format", ["comfy", "kohya"])
-def test_what_lycoris_computes_is_what_the_file_holds(model, tmp_path, algorithm, file_format):
+def test_what_lycoris_computes_is_what_the_file_holds(model, tmp_path, algorithm, file_format, make_model):
     network = build(model, network_args=ALGORITHMS[algorithm])
     prove_loadable(network, (file_format,), model, None)
     file = tmp_path / "a.safetensors"
@@ -135,7 +109,7 @@ def test_small_changes_are_not_lost_in_bf16(model):
     assert (found - expected).norm() / expected.norm() < 0.06
 
 
-def test_groups_have_names_rates_and_all_parameters(model, text_encoder, tmp_path):
+def test_groups_have_names_rates_and_all_parameters(model, text_encoder, tmp_path, make_model):
     preset = tmp_path / "preset.toml"
     preset.write_text(
         'enable_conv = false\nunet_target_module = []\nunet_target_name = ["llm_adapter.*q_proj$", "blocks.*layer1$"]\n'
@@ -166,7 +140,7 @@ def test_norms_of_changes_can_be_limited(model):
     assert max(lengths) == pytest.approx(0.5, rel=1e-3)
 
 
-def test_a_state_brings_everything_back(model):
+def test_a_state_brings_everything_back(model, make_model):
     network = build(model, network_args=ALGORITHMS["loha"])
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     other_model = make_model()
@@ -178,7 +152,7 @@ def test_a_state_brings_everything_back(model):
 
 
 @pytest.mark.parametrize("file_format", ["comfy", "kohya"])
-def test_training_starts_from_a_file_of_any_spelling(model, tmp_path, file_format):
+def test_training_starts_from_a_file_of_any_spelling(model, tmp_path, file_format, make_model):
     file = tmp_path / "start.safetensors"
     source = build(model, network_args=ALGORITHMS["lokr"])
     source.save_weights(file, None, None, file_format)

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from library.anima_runtime.config import AnimaConfig, LLMAdapterConfig
-from library.anima_runtime.transformer import AnimaTransformer
 from library.errors import ModelFileError, SettingError
 from networks import lora_anima
 from networks.settings import NetworkSettings
@@ -21,28 +19,7 @@ from networks.setup import (
     summary_table,
 )
 
-CONFIG = AnimaConfig(
-    latent_channels=16, patch_size=2, width=64, depth=1, head_size=32, mlp_width=128, context_width=32, adaln_rank=8,
-    llm_adapter=LLMAdapterConfig(
-        vocabulary=64, width=32, depth=1, head_size=16, mlp_width=48, source_width=24, context_width=32
-    ),
-)  # fmt: skip
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def model() -> AnimaTransformer:
-    torch.manual_seed(0)
-    return AnimaTransformer(CONFIG).requires_grad_(False)
-
-
-@pytest.fixture
-def text_encoder() -> nn.Module:
-    from transformers import Qwen3Config, Qwen3Model
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return Qwen3Model(Qwen3Config(vocab_size=40, num_hidden_layers=1, head_dim=12, **sizes)).requires_grad_(False)
 
 
 def build(settings, model, text_encoder, given=()):
@@ -88,21 +65,21 @@ def test_network_modules_are_checked():
         ({"network_args": ("train_text_encoder=true",)}, "cache_text_encoder_outputs"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_given_is_told_from_the_plan(model, text_encoder, settings, message):
+def test_what_cannot_be_given_is_told_from_the_plan(model, text_encoder, settings, message, make_model):
     settings = NetworkSettings(**settings)
     module = import_network_module(settings.network_module)
     with torch.device("meta"):
-        plan = AnimaTransformer(CONFIG)
+        plan = make_model()
     with pytest.raises(SettingError, match=message):
         check_planned(settings, module, network_arguments(settings, ()), plan, text_encoder, caches_text=True)
 
 
-def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encoder, tmp_path):
+def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encoder, tmp_path, make_model):
     file, nonsense = tmp_path / "rank8.safetensors", tmp_path / "nonsense.safetensors"
     lora_anima.create_network(1.0, 8, 1.0, None, None, model).save_weights(file, None, None)
     nonsense.write_bytes(b"no adapter")
     with torch.device("meta"):
-        plan = AnimaTransformer(CONFIG)
+        plan = make_model()
     for settings in (
         NetworkSettings(network_weights=file),
         NetworkSettings(network_weights=nonsense),
