@@ -11,10 +11,10 @@ import json, sys
 from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
-from train_network import NetworkTrainer
+from anima_train_network import AnimaNetworkTrainer
 
 accelerator = Accelerator(cpu=True)
-trainer = NetworkTrainer(SimpleNamespace(run=SimpleNamespace(mixed_precision="no")), accelerator)
+trainer = AnimaNetworkTrainer(SimpleNamespace(run=SimpleNamespace(mixed_precision="no")), accelerator)
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
 trainer.sum_over_processes(gradients)
