@@ -32,7 +32,7 @@ Network = AdapterNetwork | OutsideNetwork
 _OWN_MODULES = ("networks.lora_anima", "networks.lokr_anima", "networks.loha_anima")
 # Settings that are also arguments of this project's own network modules.
 _SETTINGS_AS_ARGUMENTS = ("train_norm", "train_llm_adapter", "llm_adapter_lr")
-
+# What the trainer itself passes to create_network.
 _PASSED = {"multiplier", "network_dim", "network_alpha", "vae", "text_encoder", "unet", "neuron_dropout"}
 
 
