@@ -1,0 +1,51 @@
+"""Pictures of curves and distributions, without pyplot and its global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from library.errors import UserError
+from library.files import write_atomically
+
+
+def save_line_plot(path: Path, title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Draws one line for each named series of (x, y) points; with several, their names stand in a legend.
+
+    Raises UserError when the file cannot be written, or its ending is no picture format.
+    """
+    figure, axes = _labelled_axes(title, x_label)
+    for name, points in series.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    if len(series) > 1:
+        axes.legend()
+    _save(figure, path)
+
+
+def save_histogram(path: Path, title: str, x_label: str, values: Sequence[float], bins: int = 50) -> None:
+    """Draws how often values fall into `bins` intervals of equal width.
+
+    Raises UserError when the file cannot be written, or its ending is no picture format.
+    """
+    figure, axes = _labelled_axes(title, x_label)
+    axes.hist(values, bins=bins)
+    axes.set_ylabel(f"of {len(values)}")
+    _save(figure, path)
+
+
+def _labelled_axes(title: str, x_label: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x_label)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    try:
+        write_atomically(path, figure.savefig)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: the picture cannot be written: {error}") from error
