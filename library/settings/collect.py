@@ -38,17 +38,12 @@ def read_settings(argv: Sequence[str]) -> Settings:
 
     Raises SettingError listing every problem at once: first of names and types, then of values and combinations.
     """
-    command_line = parse_command_line(argv)
     problems: list[str] = []
-    file = read_toml(_existing_config(command_line.config_file)) if command_line.config_file is not None else None
-    written = _read_settings_file(file, problems)
-    options = top_level_options()
-    layers = [resolve(entries, options, problems) for entries in (*written.layers, command_line.entries)]
-    given = _merged(layers)
-    tables = _dataset_tables(given, written.tables, problems)
+    gathered = gather(argv, problems)
     _raise(problems)
+    given, tables = gathered.given, gathered.tables
     _log_defaults(given)
-    datasets = _datasets(given, tables, problems)
+    datasets = _datasets(gathered, problems)
     groups = {
         field: group(**{option.name: given[option.name].value for option in options_of(group) if option.name in given})
         for field, group in run_groups().items()
@@ -60,11 +55,36 @@ def read_settings(argv: Sequence[str]) -> Settings:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """What was given, of all sources, before groups are made of it.
+
+    given: the values by option name. tables: the dataset tables, where there are any. unmapped: keys of a root-style
+    file that became nothing, each with the reason.
+    """
+
+    given: Mapping[str, Given]
+    tables: DatasetTables | None
+    unmapped: tuple[tuple[Entry, str], ...]
+
+
+def gather(argv: Sequence[str], problems: list[str]) -> Gathered:
+    """Reads and merges all sources. Unknown names and wrong types are added to `problems`."""
+    command_line = parse_command_line(argv)
+    file = read_toml(_existing_config(command_line.config_file)) if command_line.config_file is not None else None
+    written = _read_settings_file(file, problems)
+    options = top_level_options()
+    layers = [resolve(entries, options, problems) for entries in (*written.layers, command_line.entries)]
+    given = _merged(layers)
+    return Gathered(given, _dataset_tables(given, written.tables, problems), written.unmapped)
+
+
+@dataclass(frozen=True)
 class _SettingsFile:
-    """A settings file's layers, lowest first, and the dataset tables that stand in it."""
+    """A settings file's layers, lowest first, the dataset tables that stand in it, and what it says in vain."""
 
     layers: tuple[Sequence[Entry], ...]
     tables: DatasetTables | None
+    unmapped: tuple[tuple[Entry, str], ...] = ()
 
 
 def _existing_config(path: Path) -> Path:
@@ -83,8 +103,8 @@ def _read_settings_file(file: TomlFile | None, problems: list[str]) -> _Settings
         general = [entry for entry in entries if _is_dataset_general(entry)]
         tables = dataset_tables(file, general, problems)
         entries = [entry for entry in entries if entry.label != "datasets" and not _is_dataset_general(entry)]
-    mapped = map_root_style(entries, problems) if is_root_style(entries) else Mapped(tuple(entries), ())
-    return _SettingsFile((mapped.defaults, mapped.entries), tables)
+    mapped = map_root_style(entries, problems) if is_root_style(entries) else Mapped(tuple(entries))
+    return _SettingsFile((mapped.defaults, mapped.entries), tables, mapped.unmapped)
 
 
 def _is_dataset_general(entry: Entry) -> bool:
@@ -116,20 +136,25 @@ def _dataset_tables(
     return read_dataset_tables(read_toml(given["dataset_config"].value), problems)
 
 
-def _datasets(
-    given: Mapping[str, Given], tables: DatasetTables | None, problems: list[str]
-) -> tuple[DatasetSettings, ...]:
-    has_folder = _is_set(given, "train_data_dir")
-    if tables is not None and has_folder:
+def picture_source_problems(gathered: Gathered) -> list[str]:
+    """Pictures come from one place: a folder or dataset tables."""
+    given, has_folder = gathered.given, _is_set(gathered.given, "train_data_dir")
+    if gathered.tables is not None and has_folder:
         other = given["dataset_config"] if _is_set(given, "dataset_config") else "[[datasets]] in the settings file"
-        problems.append(f"{given['train_data_dir']} and {other} both name the pictures; keep one")
+        return [f"{given['train_data_dir']} and {other} both name the pictures; keep one"]
+    if gathered.tables is None and not has_folder:
+        return ["no pictures are named: set train_data_dir to a folder, or dataset_config to a dataset TOML"]
+    return []
+
+
+def _datasets(gathered: Gathered, problems: list[str]) -> tuple[DatasetSettings, ...]:
+    given, tables = gathered.given, gathered.tables
+    if wrong := picture_source_problems(gathered):
+        problems.extend(wrong)
         return ()
     if tables is not None:
         warn_of_overridden(tables, given)
         return datasets_from_tables(tables, given)
-    if not has_folder:
-        problems.append("no pictures are named: set train_data_dir to a folder, or dataset_config to a dataset TOML")
-        return ()
     try:
         return (dataset_from_folder(given["train_data_dir"].value, given),)
     except DataError as error:

@@ -35,10 +35,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Mapped:
-    """A root-style file in settings' names: what it says, and the defaults that lie below it."""
+    """A root-style file in settings' names: what it says, the defaults that lie below it, and what became nothing.
+
+    unmapped: known keys without a counterpart, each with the reason.
+    """
 
     entries: tuple[Entry, ...]
-    defaults: tuple[Entry, ...]
+    defaults: tuple[Entry, ...] = ()
+    unmapped: tuple[tuple[Entry, str], ...] = ()
 
 
 def is_root_style(entries: Sequence[Entry]) -> bool:
@@ -52,6 +56,7 @@ def map_root_style(entries: Sequence[Entry], problems: list[str]) -> Mapped:
     known_names = {*by_spelling(top_level_options()), *NO_EFFECT, *FIXED}
     mapped = [*_length(written), *_schedule(written), *_precision(written), *_output_name(written)]
     mapped += [*_network(written, problems), *_optimizer(written, problems)]
+    unmapped = []
     for label, entry in written.items():
         heading = label.partition(".")[0]
         if label in SAME_VALUE:
@@ -59,17 +64,20 @@ def map_root_style(entries: Sequence[Entry], problems: list[str]) -> Mapped:
         elif label in COMPUTED or _argument_target(label) is not None:
             continue
         elif label in WITHOUT_COUNTERPART or heading in WITHOUT_COUNTERPART:
-            _log_unmapped(entry, WITHOUT_COUNTERPART.get(label) or WITHOUT_COUNTERPART[heading])
+            unmapped.append((entry, WITHOUT_COUNTERPART.get(label) or WITHOUT_COUNTERPART[heading]))
         elif entry.name in known_names:
             mapped.append(entry)
         else:
             problems.append(f"{entry.source}: unknown setting {label}{_suggestion(entry, known_names)}")
+    for entry, reason in unmapped:
+        _log_unmapped(entry, reason)
     if "output.save_every" in written:
         logger.info("output.save_every counts optimizer steps; use save_every_n_epochs to save by epochs")
     defaults = [Entry(name, value, DEFAULT_SOURCE, name) for name, value in DEFAULTS.items()]
     return Mapped(
         entries=tuple(entry for entry in mapped if entry.source != DEFAULT_SOURCE),
         defaults=(*defaults, *(entry for entry in mapped if entry.source == DEFAULT_SOURCE)),
+        unmapped=tuple(unmapped),
     )
 
 
