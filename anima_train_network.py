@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
-from library.anima_runtime.flow import add_noise, draw_noise, draw_timesteps, velocity_losses
+from library.anima_runtime.flow import add_noise, draw_noise, draw_timesteps, velocity_losses, velocity_target
 from library.anima_runtime.prompts import parse_prompt_lines
 from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3, plan_qwen3
 from library.anima_runtime.sampling import render
-from library.anima_runtime.text_encoding import CachedTextEncoder, TextEncoder, pad_captions
+from library.anima_runtime.text_encoding import (
+    CachedTextEncoder,
+    CaptionStates,
+    PaddedCaptions,
+    TextEncoder,
+    pad_captions,
+)
 from library.anima_runtime.tokenizers import (
     check_t5_tokenizer,
     find_qwen_tokenizer,
@@ -39,6 +45,18 @@ from library.training.run import chooses_checkpointing
 from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
+
+
+class TrainingInputs(NamedTuple):
+    """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`."""
+
+    noisy_BCTHW: Tensor
+    timesteps_B: Tensor
+    target_BCTHW: Tensor
+    qwen_states_BSD: Tensor
+    qwen_mask_BS: Tensor
+    t5_ids_BL: Tensor
+    t5_mask_BL: Tensor
 
 
 class AnimaNetworkTrainer(NetworkTrainer):
@@ -86,8 +104,12 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def latents_are_cached(self) -> None:
         self.vae.to("cpu")
 
-    def sample_losses(self, batch: Batch) -> Tensor:
-        """Flow-matching loss of each sample; noise and timestep follow from the sample's key."""
+    def prepare(self, batch: Batch) -> list[TrainingInputs]:
+        """Draws noise and timesteps, which follow from the samples' keys, and looks up the captions.
+
+        A context is as long as its caption alone would make it, so captions that need more than the least length go
+        through the model apart from the others: zero rows are part of the model's input, more of them change a result.
+        """
         if batch.latents_BCTHW is None:
             latents = self.encode_pixels(batch.pixels_BCHW)
         else:
@@ -96,31 +118,34 @@ class AnimaNetworkTrainer(NetworkTrainer):
         noise = draw_noise(keys, seed, latents)
         timesteps = draw_timesteps(keys, seed, self.settings.objective, self.device)
         noisy = add_noise(latents, noise, timesteps)
-        losses = torch.empty(len(keys), device=self.device)
-        for rows, context in self.contexts(batch.captions):
-            velocity = self.transformer(noisy[rows], timesteps[rows], context)
-            losses[rows] = velocity_losses(velocity, latents[rows], noise[rows])
-        return losses
-
-    def contexts(self, captions: Sequence[str]) -> list[tuple[list[int] | slice, Tensor]]:
-        """The text context of each caption, as (their rows in the batch, context_BLD).
-
-        A context is as long as its caption alone would make it, so captions that need more than the least length go
-        through the model apart from the others: zero rows are part of the model's input, more of them change a result.
-        """
-        trains_qwen = self.network.trains("text_encoder")
-        states = self.text_encoder.encode(captions, trains_qwen) if trains_qwen else self.text_encoder.encode(captions)
-        least = self.settings.model.anima_seq_len
-        groups: dict[int, list[int]] = {}
+        target = velocity_target(latents, noise)
+        states = self.caption_states(batch.captions)
+        rows_of: dict[int, list[int]] = {}
         for row, caption in enumerate(states):
-            groups.setdefault(max(least, len(caption.t5_ids)), []).append(row)
-        contexts = []
-        for rows in groups.values():
-            text = pad_captions([states[row] for row in rows], self.device)
-            with torch.set_grad_enabled(trains_qwen or self.network.trains("llm_adapter")):
-                context = self.transformer.encode_context(*text, min_length=least)
-            contexts.append((rows if len(groups) > 1 else slice(None), context))
-        return contexts
+            rows_of.setdefault(max(self.settings.model.anima_seq_len, len(caption.t5_ids)), []).append(row)
+        prepared = []
+        for length, rows in rows_of.items():
+            text = pad_captions([states[row] for row in rows], self.device, length)
+            chosen = slice(None) if len(rows_of) == 1 else rows
+            prepared.append(TrainingInputs(noisy[chosen], timesteps[chosen], target[chosen], *text))
+        return prepared
+
+    def caption_states(self, captions: Sequence[str]) -> list[CaptionStates]:
+        """What the text encoder makes of each caption; with gradients where it is trained."""
+        if self.network.trains("text_encoder"):
+            return self.text_encoder.encode(captions, with_gradient=True)
+        return self.text_encoder.encode(captions)
+
+    def losses(self, inputs: TrainingInputs) -> Tensor:
+        """Flow-matching loss of each sample."""
+        context = self.context(PaddedCaptions(*inputs[3:]))
+        velocity = self.transformer(inputs.noisy_BCTHW, inputs.timesteps_B, context)
+        return velocity_losses(velocity, inputs.target_BCTHW)
+
+    def context(self, text: PaddedCaptions) -> Tensor:
+        """The text context, with gradients where what makes it is trained."""
+        with torch.set_grad_enabled(self.network.trains("text_encoder") or self.network.trains("llm_adapter")):
+            return self.transformer.encode_context(*text, min_length=self.settings.model.anima_seq_len)
 
     def render_samples(self, folder: Path, tag: str) -> None:
         self.vae.to(self.device)

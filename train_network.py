@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -88,8 +88,12 @@ class NetworkTrainer(ABC):
         """Called when no picture will be encoded any more: frees what only that needed."""
 
     @abstractmethod
-    def sample_losses(self, batch: Batch) -> Tensor:
-        """The loss of each sample of a batch: float32 [B]."""
+    def prepare(self, batch: Batch) -> Sequence[Any]:
+        """A batch as what `losses` takes: one or more NamedTuples of tensors on the device, random draws among them."""
+
+    @abstractmethod
+    def losses(self, inputs: Any) -> Tensor:
+        """The loss of each sample of one of `prepare`'s results: float32 [B]. Tensor work only: it may be captured."""
 
     @abstractmethod
     def render_samples(self, folder: Path, tag: str) -> None:
@@ -236,7 +240,8 @@ class NetworkTrainer(ABC):
         parts = self.parts
         mean_loss = torch.zeros((), device=self.device)
         for batch in batches:
-            loss = self.sample_losses(batch).sum() * (float(batch.counted) / sample_count)
+            total = torch.stack([self.losses(inputs).sum() for inputs in self.prepare(batch)]).sum()
+            loss = total * (float(batch.counted) / sample_count)
             parts.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         if self.accelerator.num_processes > 1:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import anima_train_network
 from anima_train_network import AnimaNetworkTrainer, main
+from library.anima_runtime.text_encoding import PaddedCaptions
+from library.data.dataset import Batch
 from networks import lora_anima
 from train_network import NetworkTrainer
 
@@ -222,14 +224,14 @@ def test_sample_pictures_that_do_not_fit_the_gpu_are_left_out(config, tiny_anima
 
 
 def test_running_out_of_gpu_memory_saves_and_says_what_helps(config, tmp_path, capsys, monkeypatch):
-    losses_of = AnimaNetworkTrainer.sample_losses
+    losses_of = AnimaNetworkTrainer.losses
 
-    def out_of_memory(self, batch):
+    def out_of_memory(self, inputs):
         if self.state.step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses_of(self, batch)
+        return losses_of(self, inputs)
 
-    monkeypatch.setattr(AnimaNetworkTrainer, "sample_losses", out_of_memory)
+    monkeypatch.setattr(AnimaNetworkTrainer, "losses", out_of_memory)
     assert main(config(max_train_steps=6)) == 1
     message = capsys.readouterr().err
     assert "out of memory while training a batch of" in message
@@ -247,14 +249,18 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     trainer.check_model_files()
     trainer.network = lora_anima.create_network(1.0, 4, 1.0, None, None, trainer.load_models()[0])
     short, long = "a red square", "a red square " * 300
-    rows = {}
-    for indices, context in trainer.contexts([short, long, short]):
-        for place, row in enumerate(indices):
-            rows[row] = context[place]
-    assert rows[0].shape[0] == rows[2].shape[0] == 512
-    assert rows[1].shape[0] > 512
-    ((_, alone),) = trainer.contexts([short])
-    torch.testing.assert_close(rows[0], alone[0], rtol=1e-5, atol=1e-6)
+
+    def batch(*captions):
+        keys = [(0, f"{number}", 0) for number in range(len(captions))]
+        latents = torch.zeros(len(captions), 16, 1, 8, 8)
+        return Batch(None, latents, list(captions), keys, [Path("x")] * len(captions), (64, 64), True)
+
+    shorts, longs = trainer.prepare(batch(short, long, short))
+    (alone,) = trainer.prepare(batch(short))
+    contexts = [trainer.context(PaddedCaptions(*inputs[3:])) for inputs in (shorts, longs, alone)]
+    assert [context.shape[:2] for context in contexts[::2]] == [(2, 512), (1, 512)]
+    assert contexts[1].shape[0] == 1 and contexts[1].shape[1] > 512
+    torch.testing.assert_close(contexts[0][1], contexts[2][0], rtol=1e-5, atol=1e-6)
 
 
 def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(config, tiny_anima, tmp_path, losses):

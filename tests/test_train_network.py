@@ -60,8 +60,11 @@ class ToyTrainer(NetworkTrainer):
         self.parts = Resumable(self.network, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False))
         self.state = RunState()
 
-    def sample_losses(self, batch: Batch) -> torch.Tensor:
-        return self.network(torch.tensor([[float(caption)] for caption in batch.captions]))[:, 0]
+    def prepare(self, batch: Batch) -> list[torch.Tensor]:
+        return [torch.tensor([[float(caption)] for caption in batch.captions])]
+
+    def losses(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.network(inputs)[:, 0]
 
     def load_models(self):
         return nn.Identity(), nn.Identity()

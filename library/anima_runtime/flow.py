@@ -63,7 +63,11 @@ def add_noise(latents_BCTHW: Tensor, noise_BCTHW: Tensor, timesteps_B: Tensor) -
     return (1 - t) * latents_BCTHW.float() + t * noise_BCTHW
 
 
-def velocity_losses(velocity_BCTHW: Tensor, latents_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
-    """Mean squared error against v = ε - x_0 of each sample: float32 [B]."""
-    target = noise_BCTHW - latents_BCTHW.float()
-    return (velocity_BCTHW.float() - target).square().mean(dim=(1, 2, 3, 4))
+def velocity_target(latents_BCTHW: Tensor, noise_BCTHW: Tensor) -> Tensor:
+    """v = ε - x_0 in float32."""
+    return noise_BCTHW - latents_BCTHW.float()
+
+
+def velocity_losses(velocity_BCTHW: Tensor, target_BCTHW: Tensor) -> Tensor:
+    """Mean squared error of each sample: float32 [B]."""
+    return (velocity_BCTHW.float() - target_BCTHW).square().mean(dim=(1, 2, 3, 4))

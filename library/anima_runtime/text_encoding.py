@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen3Model
 
+from library.anima_runtime.devices import to_device
 from library.errors import ModelFileError
 
 # Captions run through Qwen3 together: memory stays bounded when a whole dataset is encoded at once.
@@ -99,16 +101,21 @@ class CachedTextEncoder:
         return [self._states[caption] for caption in captions]
 
 
-def pad_captions(captions: Sequence[CaptionStates], device: torch.device | str) -> PaddedCaptions:
-    """A batch on `device`, padded to the longest caption of each side."""
-    qwen_states_BSD, qwen_mask_BS = _pad([caption.qwen_states for caption in captions], device)
-    t5_ids_BL, t5_mask_BL = _pad([caption.t5_ids for caption in captions], device)
+def pad_captions(captions: Sequence[CaptionStates], device: torch.device | str, least: int = 0) -> PaddedCaptions:
+    """A batch on `device`, padded to the longest caption of each side, and to `least` tokens at least.
+
+    On the way to a GPU it lies in pinned memory, so that the copy waits for nothing.
+    """
+    qwen_states_BSD, qwen_mask_BS = _pad([caption.qwen_states for caption in captions], device, least)
+    t5_ids_BL, t5_mask_BL = _pad([caption.t5_ids for caption in captions], device, least)
     return PaddedCaptions(qwen_states_BSD, qwen_mask_BS, t5_ids_BL, t5_mask_BL)
 
 
-def _pad(rows: Sequence[torch.Tensor], device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: Sequence[torch.Tensor], device: torch.device | str, least: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (length, ...) stacked with zeros after their end, and the mask of their real places."""
     padded = pad_sequence(list(rows), batch_first=True)
+    missing = max(0, least - padded.shape[1])
+    padded = F.pad(padded, (0, 0) * (padded.ndim - 2) + (0, missing))
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return padded.to(device), mask.to(device)
+    return to_device(padded, device), to_device(mask, device)

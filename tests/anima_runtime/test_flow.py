@@ -12,6 +12,7 @@ from library.anima_runtime.flow import (
     draw_timesteps,
     shift_timesteps,
     velocity_losses,
+    velocity_target,
 )
 
 KEYS = [(epoch, f"0/0/{name}.png", repeat) for epoch in range(4) for name in range(250) for repeat in range(4)]
@@ -64,7 +65,7 @@ def test_loss_on_fixed_noise_and_timestep_equals_plain_maths():
     noisy = add_noise(x0, noise, t)
     weight = 0.3
 
-    losses = velocity_losses(noisy * weight, x0, noise)
+    losses = velocity_losses(noisy * weight, velocity_target(x0, noise))
 
     for b in range(2):
         total = 0.0
@@ -76,5 +77,5 @@ def test_loss_on_fixed_noise_and_timestep_equals_plain_maths():
 
 def test_loss_is_float32_when_the_model_answers_in_bf16():
     x0, noise = torch.randn(2, 1, 16, 1, 4, 4).unbind()
-    assert velocity_losses((noise - x0).bfloat16(), x0, noise).dtype == torch.float32
-    assert velocity_losses(noise - x0, x0, noise).item() == 0
+    assert velocity_losses((noise - x0).bfloat16(), velocity_target(x0, noise)).dtype == torch.float32
+    assert velocity_losses(noise - x0, velocity_target(x0, noise)).item() == 0

@@ -87,6 +87,9 @@ def test_padding_is_on_the_right_and_masked():
     assert padded.qwen_states_BSD[:, :, 0].tolist() == [[5, 5, 0, 0], [6, 6, 6, 6]]
     assert padded.t5_ids_BL.tolist() == [[7, 8, 1], [1, 0, 0]]
     assert padded.t5_mask_BL.tolist() == [[True, True, True], [True, False, False]]
+    longer = pad_captions(captions, "cpu", least=5)
+    assert longer.qwen_states_BSD[:, :, 0].tolist() == [[5, 5, 0, 0, 0], [6, 6, 6, 6, 0]]
+    assert longer.t5_mask_BL.tolist() == [[True, True, True, False, False], [True, False, False, False, False]]
 
 
 class CountingEncoder:
