@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from library.anima_runtime.attention import attend
+from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import load_transformer
 from library.training.optimizers import OptimizerSettings, make_optimizer
 from networks import loha_anima, lokr_anima, lora_anima
@@ -52,3 +54,21 @@ def test_losses_and_gradients_equal_the_cpus(tiny_anima, kind, dtype, bound):
 def test_adamw_runs_fused():
     group = {"name": "all", "params": [torch.nn.Parameter(torch.ones(3, device="cuda"))]}
     assert make_optimizer(OptimizerSettings(), [group], torch.device("cuda")).defaults["fused"] is True
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_torchs_attention_kernels_equal_float32(backend, dtype):
+    """At the real head size; flash_attn stands in for torch's own kernel where it is installed."""
+    name, function = choose_attention(backend, 128, dtype, torch.device("cuda"))
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("these kernels need an Ampere card or newer")
+    assert name == backend
+    heads = [torch.randn(1, length, 16, 128, device="cuda", dtype=dtype) for length in (1024, 512, 512)]
+    expected = attend(*(x.float() for x in heads))
+    assert (function(*heads).float() - expected).norm() / expected.norm() < 0.01
+
+
+def test_kernels_that_cannot_compute_float32_fall_back(caplog):
+    assert choose_attention("cudnn", 128, torch.float32, torch.device("cuda")) == ("torch", attend)
+    assert "attention cudnn does not work here" in caplog.text

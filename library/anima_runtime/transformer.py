@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from library.anima_runtime.attention import RMSNorm, RotaryTables, attend, residual_dtype, rotate, split_heads
+from library.anima_runtime.attention_backends import AttentionFunction
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.embeddings import PatchEmbedding, TimeMLP, TimeSinusoid, grid_rotary_tables
 from library.anima_runtime.llm_adapter import LLMAdapter
@@ -22,11 +23,13 @@ class Attention(nn.Module):
     """Attention of the image tokens to themselves, rotated, or to the context, all of whose rows take part.
 
     The context's zero rows are part of the model, as attention sinks: there is no key mask.
+    attend: how; see AnimaTransformer.use_attention.
     """
 
     def __init__(self, config: AnimaConfig, source_width: int) -> None:
         super().__init__()
         self.head_size = config.head_size
+        self.attend: AttentionFunction = attend
         self.q_proj = nn.Linear(config.width, config.width, bias=False)
         self.k_proj = nn.Linear(source_width, config.width, bias=False)
         self.v_proj = nn.Linear(source_width, config.width, bias=False)
@@ -42,7 +45,7 @@ class Attention(nn.Module):
         v = split_heads(self.v_proj(source_BSD), self.head_size)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
-        return self.output_proj(attend(q, k, v))
+        return self.output_proj(self.attend(q, k, v))
 
 
 class MLP(nn.Module):
@@ -143,6 +146,11 @@ class AnimaTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.llm_adapter = LLMAdapter(config.llm_adapter)
+
+    def use_attention(self, function: AttentionFunction) -> None:
+        """Computes the blocks' attention by `function`; the LLM adapter's, which has masks, stays torch's."""
+        for block in self.blocks:
+            block.self_attn.attend = block.cross_attn.attend = function
 
     @property
     def dtype(self) -> torch.dtype:
