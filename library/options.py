@@ -26,9 +26,10 @@ _KEY = "option"
 class Option:
     """One declared setting.
 
-    type: the field's resolved annotation (bool, int, float, str, Path, tuple[str, ...], or one of them | None).
+    type: the field's resolved annotation (bool, int, float, str, Path, Secret, tuple[str, ...], or one of them | None).
     parse: turns the raw TOML or command-line value into the setting's value where the type alone does not say how;
         it raises ValueError with the expected form.
+    zero_is_unset: whether 0 means the same as leaving it out: "save every 0 steps" is never.
     """
 
     name: str
@@ -38,7 +39,32 @@ class Option:
     aliases: tuple[str, ...]
     choices: tuple[Any, ...] | None
     parse: Callable[[Any], Any] | None
+    zero_is_unset: bool
     group: type
+
+
+class Secret:
+    """A text that only one service may see, such as an API key: declare the field as `Secret | None`.
+
+    Printing, logging and formatting show "(hidden)", and no file that a run writes holds it. It is no dataclass, so
+    that `dataclasses.asdict` does not open it.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def reveal(self) -> str:
+        """The text itself."""
+        return self._text
+
+    def __repr__(self) -> str:
+        return "(hidden)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._text == self._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
 
 
 def option(
@@ -48,6 +74,7 @@ def option(
     aliases: Sequence[str] = (),
     choices: Sequence[Any] | None = None,
     parse: Callable[[Any], Any] | None = None,
+    zero_is_unset: bool = False,
 ) -> Any:
     """Declares one field of a settings dataclass: its default, help text, other accepted names and allowed values."""
     declaration = {
@@ -55,6 +82,7 @@ def option(
         "aliases": tuple(aliases),
         "choices": tuple(choices) if choices is not None else None,
         "parse": parse,
+        "zero_is_unset": zero_is_unset,
     }
     return dataclasses.field(default=default, metadata={_KEY: declaration})
 

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import did_you_mean
-from library.options import Option
+from library.options import Option, Secret
 
 
 def convert(option: Option, raw: Any) -> Any:
     """The option's value for a raw one; ValueError says what was expected.
 
-    An empty text leaves an option that may be unset unset, as config files written by GUIs mean it.
+    An empty text or list leaves an option that may be unset unset, as config files written by GUIs mean it; so does 0
+    where the option says so.
     """
     kinds = _kinds(option.type)
-    if types.NoneType in kinds and isinstance(raw, str) and raw == "":
+    if types.NoneType in kinds and (raw in ("", []) or (option.zero_is_unset and _number(raw) == 0)):
         return None
     value = option.parse(_single(raw)) if option.parse else _CONVERTERS[_main_kind(kinds)](raw)
     if option.choices is not None and value not in option.choices:
@@ -30,6 +31,11 @@ def convert(option: Option, raw: Any) -> Any:
 def is_bool(option: Option) -> bool:
     """Whether the option is a switch: on, off, or unset."""
     return bool in _kinds(option.type)
+
+
+def is_secret(option: Option) -> bool:
+    """Whether the value must not be shown."""
+    return Secret in _kinds(option.type)
 
 
 def takes_several(option: Option) -> bool:
@@ -108,9 +114,13 @@ def _to_path(raw: Any) -> Path:
     return Path(raw)
 
 
+def _to_secret(raw: Any) -> Secret:
+    return Secret(_to_text(raw))
+
+
 def _to_texts(raw: Any) -> tuple[str, ...]:
-    """A single text is a list of one."""
-    texts = [raw] if isinstance(raw, str) else raw
+    """A single text is a list of one; an empty one is an empty list."""
+    texts = ([raw] if raw else []) if isinstance(raw, str) else raw
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError('expected a list of texts, such as ["key=value"]')
     return tuple(texts)
@@ -123,5 +133,6 @@ _CONVERTERS = {
     (int, float): _to_int_or_float,
     str: _to_text,
     Path: _to_path,
+    Secret: _to_secret,
     tuple: _to_texts,
 }

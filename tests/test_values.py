@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from library.options import option, options_of
+from library.options import Secret, option, options_of
 from library.settings.groups import run_options, shared_dataset_options, subset_options
 from library.values import convert
 
@@ -16,6 +16,9 @@ class Sample:
     automatic: bool | None = option(None, "")
     count: int = option(0, "")
     count_or_unset: int | None = option(None, "")
+    every: int | None = option(None, "", zero_is_unset=True)
+    rate_or_unset: float | None = option(None, "")
+    key: Secret | None = option(None, "")
     rate: float = option(0.0, "")
     steps_or_fraction: int | float = option(0, "")
     text: str = option("", "")
@@ -41,6 +44,14 @@ CONVERSIONS = [
     ("count", "1e3", 1000),
     ("count", "-3", -3),
     ("count_or_unset", "", None),
+    ("count_or_unset", 0, 0),
+    ("every", 0, None),
+    ("every", "0", None),
+    ("every", 3, 3),
+    ("rate_or_unset", [], None),
+    ("rate_or_unset", 0, 0.0),
+    ("key", "abc", Secret("abc")),
+    ("key", "", None),
     ("rate", 1, 1.0),
     ("rate", "1e-4", 1e-4),
     ("steps_or_fraction", 100, 100),
@@ -54,6 +65,7 @@ CONVERSIONS = [
     ("texts", ["a=1", "b=2"], ("a=1", "b=2")),
     ("texts", "a=1", ("a=1",)),
     ("texts", [], ()),
+    ("texts", "", ()),
     ("precision", "bf16", "bf16"),
 ]
 

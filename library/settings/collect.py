@@ -70,7 +70,8 @@ class Gathered:
 def gather(argv: Sequence[str], problems: list[str]) -> Gathered:
     """Reads and merges all sources. Unknown names and wrong types are added to `problems`."""
     command_line = parse_command_line(argv)
-    file = read_toml(_existing_config(command_line.config_file)) if command_line.config_file is not None else None
+    config_file = command_line.program.config_file
+    file = read_toml(_existing_config(config_file)) if config_file is not None else None
     written = _read_settings_file(file, problems)
     options = top_level_options()
     layers = [resolve(entries, options, problems) for entries in (*written.layers, command_line.entries)]

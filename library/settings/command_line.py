@@ -9,18 +9,39 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from library.errors import SettingError, did_you_mean
-from library.options import Option
+from library.options import Option, option, options_of
 from library.settings.entries import COMMAND_LINE, Entry
 from library.settings.groups import by_spelling, top_level_options
-from library.settings.kohya_only import FIXED, NO_EFFECT
-from library.values import is_bool, takes_several
+from library.settings.kohya_only import FIXED, NO_EFFECT, REFUSED
+from library.values import convert, is_bool, takes_several
+
+ALL_GROUPS = "all"
+
+
+@dataclass(frozen=True)
+class ProgramSettings:
+    """Where settings are read from, and what is done instead of training. On the command line only."""
+
+    config_file: Path | None = option(None, "TOML file of settings; '.toml' may be left off.")
+    from_adapter: Path | None = option(
+        None,
+        "Adapter file (.safetensors) whose metadata tells the settings it was trained with: train again with them. "
+        "config_file and the command line win over it; what it does not tell is listed.",
+    )
+    explain: bool = option(False, "Show every setting's value and where it comes from, and stop.")
+    print_options: str | None = option(
+        None, "Show what can be set, with defaults and advice, and stop: all of it, or one group, such as network."
+    )
+    output_config: Path | None = option(
+        None, "Write all settings to this TOML file, from which config_file gives the same run again, and stop."
+    )
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed: the settings file, and every flag given."""
+    """What was typed: the program's own flags, and every setting given."""
 
-    config_file: Path | None
+    program: ProgramSettings
     entries: tuple[Entry, ...]
 
 
@@ -34,11 +55,25 @@ def parse_command_line(argv: Sequence[str]) -> CommandLine:
     options = by_spelling(top_level_options())
     namespace, unknown = _parser(options).parse_known_args(list(argv))
     if unknown:
-        raise SettingError(_unknown_message(unknown, [*options, "config_file"]))
+        raise SettingError(_unknown_message(unknown, [*options, *program_options()]))
     typed = vars(namespace)
-    config_file = typed.pop("config_file", None)
+    program = ProgramSettings(
+        **{name: _own(each, typed.pop(name)) for name, each in program_options().items() if name in typed}
+    )
     entries = tuple(Entry(name, value, COMMAND_LINE, f"--{name}") for name, value in typed.items())
-    return CommandLine(Path(config_file) if config_file is not None else None, entries)
+    return CommandLine(program, entries)
+
+
+def program_options() -> dict[str, Option]:
+    """The flags that are no settings of a run, by name."""
+    return {each.name: each for each in options_of(ProgramSettings)}
+
+
+def _own(declared: Option, typed: Any) -> Any:
+    try:
+        return convert(declared, typed)
+    except ValueError as error:
+        raise SettingError(f"{COMMAND_LINE}: --{declared.name}: {error}") from error
 
 
 def _parser(options: dict[str, Option]) -> _Parser:
@@ -48,22 +83,23 @@ def _parser(options: dict[str, Option]) -> _Parser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config_file", metavar="FILE", help="TOML file of settings; '.toml' may be left off.")
-    for spelling, option in options.items():
-        parser.add_argument(f"--{spelling}", dest=spelling, **_flag_form(spelling, option))
-    for name in (*NO_EFFECT, *FIXED):
+    for spelling, declared in {**program_options(), **options}.items():
+        parser.add_argument(f"--{spelling}", dest=spelling, **_flag_form(spelling, declared))
+    for name in (*NO_EFFECT, *FIXED, *REFUSED):
         if name not in options:
             parser.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
     return parser
 
 
-def _flag_form(spelling: str, option: Option) -> dict[str, Any]:
-    text = option.help if spelling == option.name else f"Same as --{option.name}."
+def _flag_form(spelling: str, declared: Option) -> dict[str, Any]:
+    text = declared.help if spelling == declared.name else f"Same as --{declared.name}."
     form: dict[str, Any] = {"help": text.replace("%", "%%")}
-    if is_bool(option):
+    if is_bool(declared):
         return {**form, "action": argparse.BooleanOptionalAction}
-    form["metavar"] = "{" + ",".join(map(str, option.choices)) + "}" if option.choices else "VALUE"
-    return {**form, "nargs": "+"} if takes_several(option) else form
+    form["metavar"] = "{" + ",".join(map(str, declared.choices)) + "}" if declared.choices else "VALUE"
+    if declared.name == "print_options":
+        return {**form, "metavar": "GROUP", "nargs": "?", "const": ALL_GROUPS}
+    return {**form, "nargs": "*"} if takes_several(declared) else form
 
 
 def _unknown_message(unknown: Sequence[str], known: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from library.anima_runtime.flow import ObjectiveSettings
 from library.anima_runtime.sampling import SampleSettings
 from library.anima_runtime.settings import ModelSettings
 from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
-from library.options import Option, options_of
+from library.options import Option, Secret, options_of
 from library.settings.entries import Given
 from library.training.optimizers import OptimizerSettings
 from library.training.run import RunSettings
@@ -86,7 +86,7 @@ def by_spelling(options: Mapping[str, Option]) -> dict[str, Option]:
 def settings_as_flat_dict(settings: Settings, path_text: Callable[[Path], str] = str) -> dict[str, Any]:
     """Every resolved value by option name, as JSON can hold it; `datasets` is a list of such dicts with `subsets`.
 
-    path_text: how a path is written.
+    Secrets are left as if unset. path_text: how a path is written.
     """
     flat = {
         option.name: _as_json(getattr(getattr(settings, field), option.name), path_text)
@@ -100,6 +100,8 @@ def settings_as_flat_dict(settings: Settings, path_text: Callable[[Path], str] =
 def _as_json(value: Any, path_text: Callable[[Path], str]) -> Any:
     if isinstance(value, Path):
         return path_text(value)
+    if isinstance(value, Secret):
+        return None
     if isinstance(value, tuple | list):
         return [_as_json(item, path_text) for item in value]
     if isinstance(value, dict):

@@ -6,6 +6,16 @@ from typing import Any
 
 _FLOW = "Anima predicts a flow velocity and has no noise schedule"
 _ATTENTION = "attention runs through torch's scaled_dot_product_attention"
+_NEVER_CUT = "captions are never cut"
+_NO_CLIP = "Anima has no CLIP text encoder"
+_NO_DDP = "gradients are summed over the GPUs in one exchange, without DDP"
+_MESSAGES = "messages go to the terminal; redirect them with 2> FILE"
+_INDUCTOR = "torch_compile says whether the model is compiled, and how is chosen for it"
+_RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpointing says whether"
+_NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
+_NO_UPLOAD = "upload the file from output_dir when the run is done"
+_RATES = "give rates by pattern in network_args, see docs/adapters.md"
+_FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
 
 # Accepted with a warning that they do nothing, and why.
 NO_EFFECT: dict[str, str] = {
@@ -16,22 +26,57 @@ NO_EFFECT: dict[str, str] = {
     "v_pred_like_loss": _FLOW,
     "debiased_estimation_loss": _FLOW,
     "min_snr_gamma": _FLOW,
-    "clip_skip": "Anima has no CLIP text encoder",
-    "max_token_length": "captions are never cut",
+    "adaptive_noise_scale": _FLOW,
+    "clip_skip": _NO_CLIP,
+    "clip_l": _NO_CLIP,
+    "clip_g": _NO_CLIP,
+    "t5xxl": "of T5, Anima uses the tokenizer only: t5_tokenizer_dir",
+    "apply_t5_attn_mask": "padding is always left out of attention",
+    "guidance_scale": "Anima takes no guidance as input",
+    "max_token_length": _NEVER_CUT,
+    "t5xxl_max_token_length": _NEVER_CUT,
+    "qwen3_max_token_length": _NEVER_CUT,
+    "t5_max_token_length": _NEVER_CUT,
     "weighted_captions": "Anima's text encoders take no word weights",
     "no_half_vae": "the VAE needs no such protection",
+    "vae_chunk_size": "the VAE encodes whole pictures",
+    "vae_disable_cache": "the VAE keeps nothing between pictures",
     "xformers": _ATTENTION,
     "mem_eff_attn": _ATTENTION,
+    "split_attn": _ATTENTION,
+    "split_mode": "the whole model is trained at once",
+    "text_encoder_batch_size": "captions are encoded as they are met",
+    "tokenizer_cache_dir": "tokenizers lie in t5_tokenizer_dir and beside qwen",
+    "dynamo_backend": _INDUCTOR,
+    "dynamo_mode": _INDUCTOR,
+    "dynamo_use_fullgraph": _INDUCTOR,
+    "dynamo_use_dynamic": _INDUCTOR,
+    "cpu_offload_checkpointing": _RECOMPUTED,
+    "unsloth_offload_checkpointing": _RECOMPUTED,
+    "fused_backward_pass": "an adapter's gradients are small",
+    "ddp_timeout": "processes wait up to six hours for each other",
+    "ddp_gradient_as_bucket_view": _NO_DDP,
+    "ddp_static_graph": _NO_DDP,
+    "disable_mmap_load_safetensors": "files are read the same way on every machine",
+    "console_log_level": _MESSAGES,
+    "console_log_file": _MESSAGES,
+    "console_log_simple": _MESSAGES,
+    "sample_sampler": "samples are rendered with Euler steps along the flow",
+    "metadata_thumbnail": "metadata holds no pictures",
+    "metadata_merged_from": "a trained adapter is not merged from others",
+    "metadata_preprocessor": "it is for control models",
+    "metadata_is_negative_embedding": "it is for embeddings",
 }
 
 # Accepted at these values only, which is what happens here anyway; any other value is refused.
 FIXED: dict[str, tuple[Any, ...]] = {
     "save_model_as": ("safetensors",),
+    "model_prediction_type": ("raw",),
     "sdpa": (True, False),
     "full_bf16": (False,),
     "full_fp16": (False,),
     "fp8_base": (False,),
-    "torch_compile": (False,),
+    "fp8_base_unet": (False,),
     "blocks_to_swap": (0,),
     "cache_latents_to_disk": (False,),
     "cache_text_encoder_outputs_to_disk": (False,),
@@ -45,7 +90,58 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "enable_wildcard": (False,),
 }
 
+# Refused unless off (see `is_off`), with what to do instead.
+REFUSED: dict[str, str] = {
+    "config": "a settings file is named by config_file",
+    "use_8bit_adam": 'set optimizer_type = "AdamW8bit"',
+    "use_lion_optimizer": 'set optimizer_type = "Lion"',
+    "optimizer_schedulefree_wrapper": 'set optimizer_type to a schedule-free one, such as "AdamWScheduleFree"',
+    "schedulefree_wrapper_args": "remove it with optimizer_schedulefree_wrapper",
+    "fused_optimizer_groups": _FULL,
+    "learning_rate_te": _FULL,
+    "learning_rate_te1": _FULL,
+    "learning_rate_te2": _FULL,
+    "train_text_encoder": 'write network_args = ["train_text_encoder=true"]',
+    "train_t5xxl": 'Anima has no T5 model; Qwen3 is trained by network_args = ["train_text_encoder=true"]',
+    "stop_text_encoder_training": "set text_encoder_lr, or leave Qwen3 untrained, which is the default",
+    "network_train_text_encoder_only": "leave Anima's Linears out by network_args, see docs/adapters.md",
+    "self_attn_lr": _RATES,
+    "cross_attn_lr": _RATES,
+    "mlp_lr": _RATES,
+    "mod_lr": _RATES,
+    "block_lr": _RATES,
+    "llm_adapter_path": "the LLM adapter is read from the transformer's own file; remove it",
+    "ae": "name the VAE by vae",
+    "training_shift": "set anima_flow_shift",
+    "dataset_class": "name the pictures by dataset_config or train_data_dir",
+    "debug_dataset": "the table of buckets at the start of a run shows what the pictures became",
+    "in_json": "name the file by metadata_file in a dataset TOML",
+    "dataset_repeats": "set num_repeats",
+    "deepspeed": _NO_DEEPSPEED,
+    "zero_stage": _NO_DEEPSPEED,
+    "offload_optimizer_device": _NO_DEEPSPEED,
+    "offload_optimizer_nvme_path": _NO_DEEPSPEED,
+    "offload_param_device": _NO_DEEPSPEED,
+    "offload_param_nvme_path": _NO_DEEPSPEED,
+    "zero3_init_flag": _NO_DEEPSPEED,
+    "zero3_save_16bit_model": _NO_DEEPSPEED,
+    "fp16_master_weights_and_gradients": _NO_DEEPSPEED,
+    "huggingface_repo_id": _NO_UPLOAD,
+    "huggingface_repo_type": _NO_UPLOAD,
+    "huggingface_path_in_repo": _NO_UPLOAD,
+    "huggingface_token": _NO_UPLOAD,
+    "huggingface_repo_visibility": _NO_UPLOAD,
+    "save_state_to_huggingface": _NO_UPLOAD,
+    "resume_from_huggingface": "download the state folder and name it by resume",
+    "async_upload": _NO_UPLOAD,
+}
+
 
 def is_fixed_value(name: str, value: Any) -> bool:
     """Whether a value, from TOML or as text from the command line, is one that FIXED allows."""
     return any(str(value).lower() == str(allowed).lower() for allowed in FIXED[name])
+
+
+def is_off(value: Any) -> bool:
+    """Whether a value asks for nothing: false, 0, an empty text or list, "no", "none"."""
+    return not value or str(value).strip().lower() in ("false", "0", "0.0", "no", "none")

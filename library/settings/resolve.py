@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from library.errors import did_you_mean
-from library.options import Option
+from library.options import Option, Secret
 from library.settings.entries import Entry, Given
 from library.settings.groups import by_spelling, dataset_options, run_options, subset_options, top_level_options
-from library.settings.kohya_only import FIXED, NO_EFFECT, is_fixed_value
-from library.values import convert
+from library.settings.kohya_only import FIXED, NO_EFFECT, REFUSED, is_fixed_value, is_off
+from library.values import convert, is_secret
 
 logger = logging.getLogger(__name__)
 
@@ -27,26 +28,30 @@ def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: l
             _resolve_undeclared(entry, spellings, problems)
             continue
         option = spellings[entry.name]
+        shown = replace(entry, value=Secret("")) if is_secret(option) else entry
         try:
             value = convert(option, entry.value)
         except ValueError as error:
-            problems.append(f"{entry}: {error}")
+            problems.append(f"{shown}: {error}")
             continue
         earlier = given.get(option.name)
         if earlier is not None and earlier.value != value:
-            problems.append(f"{entry}: contradicts {earlier}; keep one")
+            problems.append(f"{shown}: contradicts {earlier}; keep one")
         given[option.name] = Given(value, entry.source, entry.label)
     return given
 
 
 def _resolve_undeclared(entry: Entry, spellings: Iterable[str], problems: list[str]) -> None:
     if entry.name in NO_EFFECT:
-        if entry.value is not False:
+        if not is_off(entry.value):
             logger.warning("%s: %s does nothing: %s", entry.source, entry.label, NO_EFFECT[entry.name])
     elif entry.name in FIXED:
         if not is_fixed_value(entry.name, entry.value):
             allowed = " or ".join(str(value).lower() for value in FIXED[entry.name])
             problems.append(f"{entry}: not available here; only {allowed} is. Change or remove it")
+    elif entry.name in REFUSED:
+        if not is_off(entry.value):
+            problems.append(f"{entry}: not available here: {REFUSED[entry.name]}")
     elif entry.name in by_spelling({**top_level_options(), **subset_options()}):
         problems.append(f"{entry.source}: {entry.label} does not belong here; put it {_place(entry.name)}")
     else:

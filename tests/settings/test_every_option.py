@@ -8,7 +8,7 @@ from library.errors import SettingError
 from library.settings.command_line import parse_command_line
 from library.settings.dataset_toml import datasets_from_tables, read_dataset_tables
 from library.settings.groups import by_spelling, shared_dataset_options, subset_options, top_level_options
-from library.settings.kohya_only import FIXED, NO_EFFECT
+from library.settings.kohya_only import FIXED, NO_EFFECT, REFUSED
 from library.settings.resolve import resolve
 from library.settings.root_style_keys import ARGUMENTS, COMPUTED, DEFAULTS, SAME_VALUE, WITHOUT_COUNTERPART
 from library.settings.toml_files import read_toml
@@ -107,12 +107,13 @@ def test_declared_defaults_are_valid_values():
 def test_no_name_is_declared_twice_or_listed_as_kohya_only():
     names = [spelling for declared in top_level_options().values() for spelling in (declared.name, *declared.aliases)]
     assert len(names) == len(set(names))
-    assert not {*names} & {*NO_EFFECT, *FIXED}
-    assert not NO_EFFECT.keys() & FIXED.keys()
+    elsewhere = [*NO_EFFECT, *FIXED, *REFUSED]
+    assert len(elsewhere) == len({*elsewhere})
+    assert not {*names} & {*elsewhere}
 
 
 def test_root_style_tables_point_at_settings_that_exist():
-    known = {*SPELLINGS, *NO_EFFECT, *FIXED}
+    known = {*SPELLINGS, *NO_EFFECT, *FIXED, *REFUSED}
     assert {*SAME_VALUE.values(), *DEFAULTS, *(setting for setting, _ in ARGUMENTS.values())} <= known
     tables = [*SAME_VALUE, *ARGUMENTS, *COMPUTED, *WITHOUT_COUNTERPART]
     assert len(tables) == len(set(tables))

@@ -88,7 +88,9 @@ def test_unknown_flags_are_all_named_with_suggestions(needed_flags):
 
 def test_config_is_not_config_file(workplace):
     config = write(workplace, "seed = 1")
-    assert "unknown option --config; did you mean --config_file" in error_of(["--config", config])
+    assert error_of(["--config", config]) == (
+        "command line: --config = 'my.toml': not available here: a settings file is named by config_file"
+    )
 
 
 @pytest.mark.parametrize(
