@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,6 +141,14 @@ class AnimaNetworkTrainer(NetworkTrainer):
         context = self.context(PaddedCaptions(*inputs[3:]))
         velocity = self.transformer(inputs.noisy_BCTHW, inputs.timesteps_B, context)
         return velocity_losses(velocity, inputs.target_BCTHW)
+
+    def repeated_modules(self) -> Iterable[nn.Module]:
+        return (*self.transformer.blocks, *self.transformer.llm_adapter.blocks)
+
+    def capture_obstacle(self) -> str | None:
+        if self.network.trains("text_encoder"):
+            return "Qwen3 is trained, and its inputs are of any length"
+        return super().capture_obstacle()
 
     def context(self, text: PaddedCaptions) -> Tensor:
         """The text context, with gradients where what makes it is trained."""

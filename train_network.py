@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from library.errors import SettingError, UserError
 from library.files import write_atomically
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
+from library.training.captured import CapturedBackward
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
@@ -37,6 +38,7 @@ from library.training.optimizers import make_optimizer
 from library.training.run import DTYPES, RunState, planned_steps
 from library.training.saving import SAVE_DTYPES, epoch_name, is_due, step_name
 from library.training.schedules import make_schedule
+from library.training.speed import choose_speed, compile_modules
 from library.training.states import Resumable, load_state, save_state
 from library.training.trackers import Tracker
 from networks.setup import (
@@ -64,6 +66,7 @@ class NetworkTrainer(ABC):
         self.accelerator = accelerator
         self.device = accelerator.device
         self.dtype = DTYPES[settings.run.mixed_precision]
+        self.captured: CapturedBackward | None = None
 
     # --- hooks: what the model is ---
 
@@ -94,6 +97,10 @@ class NetworkTrainer(ABC):
     @abstractmethod
     def losses(self, inputs: Any) -> Tensor:
         """The loss of each sample of one of `prepare`'s results: float32 [B]. Tensor work only: it may be captured."""
+
+    @abstractmethod
+    def repeated_modules(self) -> Iterable[nn.Module]:
+        """The modules that a step spends its time in, a few kinds many times over: what is worth compiling."""
 
     @abstractmethod
     def render_samples(self, folder: Path, tag: str) -> None:
@@ -150,14 +157,8 @@ class NetworkTrainer(ABC):
             workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers,
         )  # fmt: skip
-        parameter_groups = self.network.prepare_optimizer_params(
-            settings.network.text_encoder_lr, settings.network.unet_lr, settings.optimizer.learning_rate
-        )
-        logger.info("%s", summary_table(self.network, parameter_groups))
-        optimizer = make_optimizer(settings.optimizer, parameter_groups, self.device)
-        schedule = make_schedule(settings.schedule, optimizer, total_steps)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=run.mixed_precision == "fp16")
-        self.parts = Resumable(self.network, optimizer, schedule, scaler)
+        self.make_parts(total_steps)
+        optimizer, schedule = self.parts.optimizer, self.parts.schedule
         self.state = RunState()
         if run.resume is not None:
             self.state = load_state(run.resume, self.parts)
@@ -232,6 +233,31 @@ class NetworkTrainer(ABC):
             state = saving.output_dir / f"{step_name(saving.output_name, self.state.step)}-state"
             raise Interrupted(f'stopped at step {self.state.step} of {total_steps}; go on with --resume "{state}"')
 
+    def make_parts(self, total_steps: int) -> None:
+        """Optimizer, schedule and loss scale for the attached network, and the way in which steps run."""
+        settings = self.settings
+        groups = self.network.prepare_optimizer_params(
+            settings.network.text_encoder_lr, settings.network.unet_lr, settings.optimizer.learning_rate
+        )
+        logger.info("%s", summary_table(self.network, groups))
+        optimizer = make_optimizer(settings.optimizer, groups, self.device)
+        schedule = make_schedule(settings.schedule, optimizer, total_steps)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=settings.run.mixed_precision == "fp16")
+        self.parts = Resumable(self.network, optimizer, schedule, scaler)
+        choice = choose_speed(self.settings.speed, self.device, total_steps)
+        obstacle = self.capture_obstacle()
+        logger.info("%s", choice.described(obstacle))
+        if choice.compiles:
+            compile_modules(self.repeated_modules())
+        if choice.captures and obstacle is None:
+            self.captured = CapturedBackward(self.losses, self.network.parameters())
+
+    def capture_obstacle(self) -> str | None:
+        """Why the step cannot be recorded; None where it can."""
+        if self.parts.scaler.is_enabled():
+            return "mixed_precision is fp16"
+        return None
+
     def step(self, batches: list[Batch], sample_count: int) -> Tensor:
         """One optimizer step over a window of batches: the mean loss over all its samples, on every GPU.
 
@@ -240,8 +266,11 @@ class NetworkTrainer(ABC):
         parts = self.parts
         mean_loss = torch.zeros((), device=self.device)
         for batch in batches:
-            total = torch.stack([self.losses(inputs).sum() for inputs in self.prepare(batch)]).sum()
-            loss = total * (float(batch.counted) / sample_count)
+            share = float(batch.counted) / sample_count
+            if self.captured is not None:
+                mean_loss += torch.stack([self.captured(inputs, share) for inputs in self.prepare(batch)]).sum()
+                continue
+            loss = torch.stack([self.losses(inputs).sum() for inputs in self.prepare(batch)]).sum() * share
             parts.scaler.scale(loss).backward()
             mean_loss += loss.detach()
         if self.accelerator.num_processes > 1:
@@ -254,7 +283,7 @@ class NetworkTrainer(ABC):
         if self.settings.network.scale_weight_norms is not None:
             self.network.apply_max_norm(self.settings.network.scale_weight_norms)
         parts.schedule.step()
-        parts.optimizer.zero_grad(set_to_none=True)
+        parts.optimizer.zero_grad(set_to_none=self.captured is None)
         return mean_loss
 
     @staticmethod

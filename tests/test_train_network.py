@@ -7,38 +7,19 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from library.anima_runtime.flow import ObjectiveSettings
-from library.anima_runtime.sampling import SampleSettings
-from library.anima_runtime.settings import ModelSettings
 from library.data.dataset import Batch
-from library.data.settings import DataSettings
 from library.settings import Settings
+from library.settings.groups import run_groups
 from library.training.optimizers import OptimizerSettings
-from library.training.run import RunSettings, RunState
-from library.training.saving import SavingSettings
-from library.training.schedules import ScheduleSettings
+from library.training.run import RunState
 from library.training.states import Resumable
-from library.training.trackers import LoggingSettings
-from networks.settings import NetworkSettings
 from train_network import NetworkTrainer, out_of_memory_message
 
 
 def make_settings(**groups) -> Settings:
-    defaults = {
-        "model": ModelSettings(),
-        "objective": ObjectiveSettings(),
-        "network": NetworkSettings(),
-        "data": DataSettings(),
-        "datasets": (),
-        "optimizer": OptimizerSettings(max_grad_norm=0.0),
-        "schedule": ScheduleSettings(),
-        "run": RunSettings(),
-        "saving": SavingSettings(),
-        "logging": LoggingSettings(),
-        "sampling": SampleSettings(),
-        "given": {},
-    }
-    return Settings(**{**defaults, **groups})
+    defaults = {name: group() for name, group in run_groups().items()}
+    defaults["optimizer"] = OptimizerSettings(max_grad_norm=0.0)
+    return Settings(**{**defaults, "datasets": (), "given": {}, **groups})
 
 
 def make_batch(values: list[float], counted: bool = True) -> Batch:
@@ -78,6 +59,9 @@ class ToyTrainer(NetworkTrainer):
         """It has none."""
 
     latents_are_cached = check_model_files
+
+    def repeated_modules(self):
+        return ()
 
     def render_samples(self, folder, tag):
         """It has no pictures."""

@@ -19,6 +19,7 @@ from library.training.optimizers import OptimizerSettings
 from library.training.run import RunSettings
 from library.training.saving import SavingSettings
 from library.training.schedules import ScheduleSettings
+from library.training.speed import SpeedSettings
 from library.training.trackers import LoggingSettings
 from networks.settings import NetworkSettings
 
@@ -39,6 +40,7 @@ class Settings:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     run: RunSettings
+    speed: SpeedSettings
     saving: SavingSettings
     logging: LoggingSettings
     sampling: SampleSettings

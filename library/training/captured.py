@@ -1,0 +1,79 @@
+"""A batch's forward and backward pass as one CUDA graph: launched once, instead of thousands of kernels one by one.
+
+At batch 1 a step of the model is a few thousand kernels of some microseconds each, which a host cannot launch as fast
+as the GPU runs them. A graph holds them for one set of shapes; its inputs are copied into place before each replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Runs before a capture, in which compilers and libraries settle on their kernels and workspaces.
+_WARM_UPS = 2
+# Each graph keeps its kernels' descriptions in GPU memory; shapes beyond these run without one.
+MOST_GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    share: Tensor
+    loss: Tensor
+
+
+class CapturedBackward:
+    """Computes a loss and adds its gradients to the parameters' `.grad`, which stay where they are.
+
+    losses: tensor work alone, from a NamedTuple of tensors to the loss of each sample; see NetworkTrainer.losses.
+    All graphs share one memory pool, as they run one after another.
+    """
+
+    def __init__(self, losses: Callable[[Any], Tensor], parameters: Iterable[nn.Parameter]) -> None:
+        self._losses = losses
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[Any, ...], _Captured] = {}
+
+    def __call__(self, inputs: Any, share: float) -> Tensor:
+        """The sum of the samples' losses times `share`, detached; its gradients are added."""
+        shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if shapes not in self._graphs:
+            if len(self._graphs) >= MOST_GRAPHS:
+                return self._accumulate(inputs, torch.full((), share, device=inputs[0].device))
+            self._graphs[shapes] = self._capture(inputs)
+        captured = self._graphs[shapes]
+        for static, given in zip(captured.inputs, inputs, strict=True):
+            static.copy_(given)
+        captured.share.fill_(share)
+        captured.graph.replay()
+        return captured.loss.clone()
+
+    def _capture(self, inputs: Any) -> _Captured:
+        static = type(inputs)(*(tensor.clone() for tensor in inputs))
+        share = torch.zeros((), device=inputs[0].device)  # so that warming up adds nothing
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                self._accumulate(static, share)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (loading, curves) may go on using CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = self._accumulate(static, share)
+        return _Captured(graph, static, share, loss)
+
+    def _accumulate(self, inputs: Any, share: Tensor) -> Tensor:
+        loss = self._losses(inputs).sum() * share
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        pairs = [(p.grad, g) for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
+        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        return loss.detach()
