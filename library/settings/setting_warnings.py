@@ -1,0 +1,93 @@
+"""Warnings about settings that are allowed together, but do nothing or may surprise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from library.settings.groups import Settings, top_level_options
+from library.settings.objective_rules import objective_without_effect
+from library.settings.optimizer_rules import optimizer_without_effect, warn_of_rates
+from library.settings.origins import origin
+from library.settings.root_style_keys import DEFAULT_SOURCE
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_surprises(settings: Settings) -> None:
+    """Logs every such warning."""
+    _warn_of_no_effect(settings)
+    warn_of_rates(settings)
+    _warn_of_long_context(settings)
+    _warn_of_full_precision(settings)
+
+
+def _warn_of_long_context(settings: Settings) -> None:
+    """More context rows than inference pads to are allowed, but worth a word."""
+    if settings.model.anima_seq_len > 512:
+        rows = settings.model.anima_seq_len
+        logger.warning("anima_seq_len: short captions get %d context rows, where inference gives them 512", rows)
+
+
+def _warn_of_full_precision(settings: Settings) -> None:
+    """In 16 bits an adapter's small updates would round to nothing."""
+    for name in ("full_bf16", "full_fp16"):
+        if getattr(settings.run, name):
+            logger.warning(
+                "%s: the model runs in %s; adapter weights and optimizer state stay fp32, as small updates would be "
+                "lost", origin(settings, name), settings.run.precision,
+            )  # fmt: skip
+
+
+def _warn_of_no_effect(settings: Settings) -> None:
+    """One warning for each option that was set to other than its default, but does nothing beside the others."""
+    options = top_level_options()
+    for name, reason in _no_effect(settings):
+        for key, given in settings.given.items():
+            is_asked = given.value != options[name].default and given.source != DEFAULT_SOURCE
+            if key.rpartition(".")[2] == name and is_asked:
+                logger.warning("%s: %s does nothing: %s", given.source, given.label, reason)
+
+
+def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
+    data, run, sampling = settings.data, settings.run, settings.sampling
+    network = settings.network
+    if network.dim_from_weights:
+        for name in ("network_dim", "network_alpha", "network_dropout"):
+            yield name, "dim_from_weights takes it from network_weights"
+    if network.network_weights is None and not network.base_weights:
+        yield "allow_partial_weights", "neither network_weights nor base_weights is set"
+    if not data.cache_latents:
+        yield "vae_batch_size", "it is for cache_latents, which is off"
+    if data.max_data_loader_n_workers == 0 and data.persistent_data_loader_workers:
+        yield "persistent_data_loader_workers", "max_data_loader_n_workers is 0"
+    yield from optimizer_without_effect(settings)
+    yield from objective_without_effect(settings)
+    if run.max_train_epochs is not None:
+        yield "max_train_steps", "max_train_epochs is set, and wins"
+    if run.initial_step:
+        yield "initial_epoch", "initial_step is set, and wins"
+    if run.resume is not None:
+        for name in ("initial_step", "initial_epoch", "skip_until_initial_step"):
+            yield name, "resume goes on from where the state was saved"
+    elif not (run.initial_step or run.initial_epoch > 1):
+        yield "skip_until_initial_step", "neither initial_step nor initial_epoch is set"
+    if settings.logging.log_with == "none":
+        yield "logging_dir", "log_with is none"
+        yield "log_prefix", "log_with is none"
+    if not (sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first):
+        yield "sample_prompts", "none of sample_every_n_steps, sample_every_n_epochs and sample_at_first is set"
+    if settings.saving.save_state:
+        yield "save_state_on_train_end", "save_state includes the end"
+    if settings.saving.no_metadata:
+        for name in ("training_comment", *(name for name in vars(settings.saving) if name.startswith("metadata_"))):
+            yield name, "no_metadata leaves it out"
+    if not settings.datasets:
+        return  # their folder is missing, which is told elsewhere
+    if not any(dataset.enable_bucket for dataset in settings.datasets):
+        for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
+            yield name, "enable_bucket is off"
+    subsets = [subset for dataset in settings.datasets for subset in dataset.subsets]
+    if not any(subset.shuffle_caption or subset.caption_tag_dropout_rate for subset in subsets):
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            yield name, "no tags are shuffled or dropped"
