@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from library.errors import did_you_mean
 from library.settings.entries import Entry
 from library.settings.groups import by_spelling, top_level_options
-from library.settings.kohya_only import FIXED, NO_EFFECT
+from library.settings.kohya_only import FIXED, NO_EFFECT, REFUSED, is_off
+from library.settings.root_style_arguments import argument_list, argument_target, betas
 from library.settings.root_style_keys import (
     ADAMW_DEFAULTS,
+    ADAMW_NAMES,
+    ARGUMENT_LISTS,
     ARGUMENTS,
-    BETA_DEFAULTS,
     COMPUTED,
     DEFAULT_SOURCE,
     DEFAULTS,
@@ -52,33 +54,79 @@ def is_root_style(entries: Sequence[Entry]) -> bool:
 
 def map_root_style(entries: Sequence[Entry], problems: list[str]) -> Mapped:
     """Renames and computes; unknown keys are added to `problems`, known ones without counterpart are logged once."""
-    written = {entry.label: entry for entry in entries}
-    known_names = {*by_spelling(top_level_options()), *NO_EFFECT, *FIXED}
-    mapped = [*_length(written), *_schedule(written), *_precision(written), *_output_name(written)]
-    mapped += [*_network(written, problems), *_optimizer(written, problems)]
-    unmapped = []
+    known_names = {*by_spelling(top_level_options()), *FIXED, *REFUSED}
+    choices = _Choices(_network_module(entries), _optimizer_type(entries), _saves_states(entries))
+    reasons = {entry.label: _reason_unmapped(entry, choices, known_names) for entry in entries}
+    written = {entry.label: entry for entry in entries if reasons[entry.label] is None}
+    mapped = [*_length(written), *_schedule(written), *_precision(written), *_output_name(written), *_states(written)]
+    mapped += [*_network(written, choices.module, problems), *_optimizer(written, choices.optimizer, problems)]
     for label, entry in written.items():
-        heading = label.partition(".")[0]
         if label in SAME_VALUE:
             mapped.append(replace(entry, name=SAME_VALUE[label]))
-        elif label in COMPUTED or _argument_target(label) is not None:
+        elif label in COMPUTED or argument_target(label) is not None or entry.name in ARGUMENT_LISTS:
             continue
-        elif label in WITHOUT_COUNTERPART or heading in WITHOUT_COUNTERPART:
-            unmapped.append((entry, WITHOUT_COUNTERPART.get(label) or WITHOUT_COUNTERPART[heading]))
         elif entry.name in known_names:
             mapped.append(entry)
         else:
             problems.append(f"{entry.source}: unknown setting {label}{_suggestion(entry, known_names)}")
+    unmapped = tuple((entry, reason) for entry in entries if (reason := reasons[entry.label]) is not None)
     for entry, reason in unmapped:
-        _log_unmapped(entry, reason)
+        if not _is_off(entry.value):
+            logger.warning("%s: %s is not used: %s", entry.source, entry.label, reason)
     if "output.save_every" in written:
         logger.info("output.save_every counts optimizer steps; use save_every_n_epochs to save by epochs")
     defaults = [Entry(name, value, DEFAULT_SOURCE, name) for name, value in DEFAULTS.items()]
     return Mapped(
         entries=tuple(entry for entry in mapped if entry.source != DEFAULT_SOURCE),
         defaults=(*defaults, *(entry for entry in mapped if entry.source == DEFAULT_SOURCE)),
-        unmapped=tuple(unmapped),
+        unmapped=unmapped,
     )
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What a file chooses, on which other keys depend."""
+
+    module: Any
+    optimizer: Any
+    saves_states: bool
+
+
+def _network_module(entries: Sequence[Entry]) -> Any:
+    """The module that a file's keys ask for; a network_type that is none stands for itself."""
+    for entry in entries:
+        if entry.label == "lora.network_type":
+            return NETWORK_MODULES.get(str(entry.value), entry.value)
+        if entry.name == "network_module":
+            return entry.value
+    return DEFAULTS["network_module"]
+
+
+def _optimizer_type(entries: Sequence[Entry]) -> Any:
+    for entry in entries:
+        if entry.label == "optimizer.type" or entry.name == "optimizer_type":
+            return OPTIMIZER_NAMES.get(str(entry.value).lower(), entry.value)
+    return DEFAULTS["optimizer_type"]
+
+
+def _saves_states(entries: Sequence[Entry]) -> bool:
+    return not any(entry.name == "save_state" and _is_off(entry.value) for entry in entries)
+
+
+def _reason_unmapped(entry: Entry, choices: _Choices, known_names: Collection[str]) -> str | None:
+    """Why a known key becomes nothing; files often hold every key, also those of other networks and optimizers."""
+    label, heading = entry.label, entry.label.partition(".")[0]
+    if label in WITHOUT_COUNTERPART:
+        return WITHOUT_COUNTERPART[label]
+    if label.startswith("lora.lokr_") and choices.module == NETWORK_MODULES["lora"]:
+        return "it is for LoKr, and a LoRA is trained"
+    if label.startswith(PRODIGY_PREFIX) and "prodigy" not in str(choices.optimizer).lower():
+        return f"it is for Prodigy, and the optimizer is {choices.optimizer}"
+    if label == "output.save_state_every" and not choices.saves_states:
+        return "save_state is off"
+    if entry.name in NO_EFFECT:
+        return NO_EFFECT[entry.name]
+    return None if label in SAME_VALUE or entry.name in known_names else WITHOUT_COUNTERPART.get(heading)
 
 
 def _length(written: Mapping[str, Entry]) -> list[Entry]:
@@ -116,73 +164,35 @@ def _output_name(written: Mapping[str, Entry]) -> list[Entry]:
     return [replace(entry, name="output_name")] if entry is not None and "output.output_name" not in written else []
 
 
-def _network(written: Mapping[str, Entry], problems: list[str]) -> list[Entry]:
-    mapped = []
+def _states(written: Mapping[str, Entry]) -> list[Entry]:
+    """save_state_every counts epochs; a state is only written together with the adapter."""
+    entry = written.get("output.save_state_every")
+    if entry is None or _is_off(entry.value):
+        return []
+    logger.info("output.save_state_every counts epochs; the adapter is saved together with each state")
+    return [replace(entry, name="save_every_n_epochs"), replace(entry, name="save_state", value=True)]
+
+
+def _network(written: Mapping[str, Entry], module: Any, problems: list[str]) -> list[Entry]:
     kind = written.get("lora.network_type")
-    if kind is not None and kind.value in list(NETWORK_MODULES):
-        mapped.append(replace(kind, name="network_module", value=NETWORK_MODULES[kind.value]))
-    elif kind is not None:
+    if kind is not None and module not in NETWORK_MODULES.values():
         problems.append(f"{kind}: expected one of {', '.join(NETWORK_MODULES)}")
-    is_lokr = kind is not None and kind.value == "lokr"
-    return [*mapped, *_argument_list("network_args", written, LOKR_DEFAULTS if is_lokr else {}, problems)]
+    mapped = [replace(kind, name="network_module", value=module)] if kind is not None else []
+    defaults = LOKR_DEFAULTS if module == NETWORK_MODULES["lokr"] else {}
+    return [*mapped, *argument_list("network_args", written, defaults, problems)]
 
 
-def _optimizer(written: Mapping[str, Entry], problems: list[str]) -> list[Entry]:
+def _optimizer(written: Mapping[str, Entry], optimizer: Any, problems: list[str]) -> list[Entry]:
     """AdamW and its variants get the weight decay, eps and betas that files of this form rely on."""
     kind = written.get("optimizer.type")
-    name = "AdamW" if kind is None else OPTIMIZER_NAMES.get(str(kind.value).lower(), kind.value)
-    mapped = [replace(kind, name="optimizer_type", value=name)] if kind is not None else []
-    defaults = ADAMW_DEFAULTS if str(name).lower().startswith("adamw") else {}
-    return [*mapped, *_argument_list("optimizer_args", {**_betas(written), **written}, defaults, problems)]
-
-
-def _betas(written: Mapping[str, Entry]) -> dict[str, Entry]:
-    """beta1 and beta2 make one argument; one given alone leaves the other at its default."""
-    given = [written[key] for key in BETA_DEFAULTS if key in written]
-    if not given:
-        return {}
-    values = [written[key].value if key in written else default for key, default in BETA_DEFAULTS.items()]
-    label = ", ".join(entry.label for entry in given)
-    return {"optimizer.betas": Entry("betas", f"({values[0]},{values[1]})", given[0].source, label)}
-
-
-def _argument_list(
-    setting: str, written: Mapping[str, Entry], defaults: Mapping[str, Any], problems: list[str]
-) -> list[Entry]:
-    """One entry for a key=value setting, from the keys that map to its arguments on top of the defaults."""
-    arguments, used = dict(defaults), []
-    for label, entry in written.items():
-        target = _argument_target(label)
-        if target is None or target[0] != setting:
-            continue
-        values = entry.value if isinstance(entry.value, list) else [entry.value]
-        if not all(isinstance(value, str | int | float) for value in values):
-            problems.append(f"{entry}: expected a number, a text, true, false or a list of texts")
-        arguments[target[1]] = ",".join(map(str, values))
-        used.append(entry)
-    if not arguments:
-        return []
-    texts = [f"{name}={value}" for name, value in arguments.items()]
-    source, label = (used[0].source, ", ".join(entry.label for entry in used)) if used else (DEFAULT_SOURCE, setting)
-    return [Entry(setting, texts, source, label)]
-
-
-def _argument_target(label: str) -> tuple[str, str] | None:
-    """The list setting and the argument's name for a key such as optimizer.eps or optimizer.prodigy_d_coef."""
-    if label.startswith(PRODIGY_PREFIX):
-        return "optimizer_args", label.removeprefix(PRODIGY_PREFIX)
-    return ARGUMENTS.get(label)
-
-
-def _log_unmapped(entry: Entry, reason: str) -> None:
-    if not _is_off(entry.value):
-        logger.warning("%s: %s is not used: %s", entry.source, entry.label, reason)
+    mapped = [replace(kind, name="optimizer_type", value=optimizer)] if kind is not None else []
+    defaults = ADAMW_DEFAULTS if str(optimizer).lower() in ADAMW_NAMES else {}
+    return [*mapped, *argument_list("optimizer_args", {**betas(written), **written}, defaults, problems)]
 
 
 def _is_off(value: Any) -> bool:
-    """false, 0 or less, "", "none": the key asks for nothing."""
-    is_number = isinstance(value, int | float)
-    return not value or (is_number and value <= 0) or str(value).strip().lower() in ("0", "false", "none", "off")
+    """Whether the key asks for nothing; a number below 0 does so too."""
+    return is_off(value) or (isinstance(value, int | float) and value < 0)
 
 
 def _suggestion(entry: Entry, known_names: set[str]) -> str:

@@ -58,6 +58,7 @@ ARGUMENTS: dict[str, tuple[str, str]] = {
     "optimizer.eps": ("optimizer_args", "eps"),
     "optimizer.betas": ("optimizer_args", "betas"),
 }
+ARGUMENT_LISTS = ("network_args", "optimizer_args")
 PRODIGY_PREFIX = "optimizer.prodigy_"
 
 # Keys whose setting follows from their value or from other keys; the functions of root_style read them.
@@ -75,6 +76,7 @@ COMPUTED = frozenset(
         "optimizer.type",
         "optimizer.beta1",
         "optimizer.beta2",
+        "output.save_state_every",
     }
 )
 
@@ -89,8 +91,7 @@ WITHOUT_COUNTERPART: dict[str, str] = {
     "lora.lokr_use_tucker": "Anima has no convolutions to decompose",
     "dataset.cache_dir": "latents are kept in memory",
     "dataset.max_ar": "min_reso and max_reso bound the aspect ratio",
-    "output.save_state_every": "save_state writes a state at every save",
-    "monitor": "this trainer has other monitoring",
+    "monitor": "losses and memory are watched by this trainer's own settings",
     "wandb": "curves go to TensorBoard",
 }
 
@@ -127,6 +128,7 @@ DEFAULTS: dict[str, Any] = {
     "output_name": "anima_lora",
     "save_state": True,
 }
+ADAMW_NAMES = ("adamw", "adamw8bit", "pagedadamw", "pagedadamw8bit")
 ADAMW_DEFAULTS = {"weight_decay": 0.01, "eps": 1e-8, "betas": "(0.9,0.999)"}
 BETA_DEFAULTS = {"optimizer.beta1": 0.9, "optimizer.beta2": 0.999}
 LOKR_DEFAULTS = {"lokr_factor": 8}

@@ -5,6 +5,7 @@ import pytest
 
 from library.errors import SettingError
 from library.settings import read_settings, settings_as_flat_dict
+from library.settings.collect import gather
 
 MODEL = """\
 [model]
@@ -131,7 +132,7 @@ def test_example_file(workplace, caplog):
     values = flat(workplace, EXAMPLE)
     assert {key: values[key] for key in expected} == expected
     assert "output.save_every counts optimizer steps" in caplog.text
-    assert "root.toml:28: training.xformers does nothing" in caplog.text
+    assert "root.toml:28: training.xformers is not used: attention runs through torch's" in caplog.text
 
 
 def test_defaults_of_the_form(workplace, caplog):
@@ -231,22 +232,90 @@ def test_computed_keys(workplace, lines, expected):
     assert {key: values[key] for key in expected} == expected
 
 
-def test_optimizer_keys_of_other_optimizers(workplace):
-    lines = "[optimizer]\ntype = 'radam_schedulefree'\nprodigy_d_coef = 2\n"
-    message = error_of(workplace, LEAST + lines)
-    assert "root.toml:9: optimizer.type: 'RAdamScheduleFree'" in message
-    settings = read(workplace, LEAST + "[optimizer]\nprodigy_amsgrad = true\n")
-    assert settings.optimizer.optimizer_args[-1] == "amsgrad=True"
+def test_optimizers_that_are_not_there_are_named(workplace):
+    message = error_of(workplace, LEAST + "[optimizer]\ntype = 'no_such'\n")
+    assert "root.toml:9: optimizer.type: 'no_such'" in message
+
+
+def test_keys_of_another_network_or_optimizer_are_listed_and_not_used(workplace, caplog):
+    lora = "[lora]\nnetwork_type = 'lora'\nlokr_factor = 8\nlokr_full_matrix = false\n"
+    values = flat(workplace, LEAST + lora + "[optimizer]\ntype = 'AdamW'\nprodigy_d_coef = 2\n")
+    assert values["network_args"] == []
+    assert values["optimizer_args"] == ["weight_decay=0.01", "eps=1e-08", "betas=(0.9,0.999)"]
+    assert warnings_in(caplog) == [
+        "root.toml:10: lora.lokr_factor is not used: it is for LoKr, and a LoRA is trained",
+        "root.toml:14: optimizer.prodigy_d_coef is not used: it is for Prodigy, and the optimizer is AdamW",
+    ]
+
+
+def gathered(workplace: Path, text: str) -> tuple[dict, list[str]]:
+    (workplace / "root.toml").write_text(text, encoding="utf-8")
+    problems = []
+    given = gather(["--config_file", "root.toml"], problems).given
+    return {name: value.value for name, value in given.items()}, problems
+
+
+def test_keys_of_prodigy_become_its_arguments(workplace):
+    lines = "[optimizer]\ntype = 'prodigy'\nweight_decay = 0.02\nprodigy_d_coef = 2\nprodigy_decouple = true\n"
+    values, problems = gathered(workplace, LEAST + lines)
+    assert problems == []
+    assert values["optimizer_args"] == ("weight_decay=0.02", "d_coef=2", "decouple=True")
+
+
+def test_argument_lists_and_single_keys_are_put_together(workplace):
+    lora = "[lora]\nnetwork_type = 'lokr'\nlora_targets = ['q_proj', 'v_proj']\nnetwork_args = ['factor=4', 'dora=1']\n"
+    lines = f"{lora}[optimizer]\nbeta2 = 0.99\noptimizer_args = ['weight_decay=0.5']\n"
+    values, problems = gathered(workplace, LEAST + lines)
+    assert problems == []
+    assert values["network_args"] == ("factor=4", "target_modules=q_proj,v_proj", "dora=1")
+    assert values["optimizer_args"] == ("weight_decay=0.5", "eps=1e-08", "betas=(0.9,0.99)")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            "[lora]\nnetwork_type = 'lokr'\nlokr_factor = 8\nnetwork_args = ['factor=4']",
+            "root.toml:11: lora.network_args = ['factor=4']: contradicts root.toml:10: lora.lokr_factor = 8; keep one",
+        ),
+        (
+            "[optimizer]\nbeta1 = 0.8\noptimizer_args = ['betas=(0.9,0.99)']",
+            "root.toml:9: optimizer.beta1 = '(0.8,0.999)'",
+        ),
+        (
+            "[optimizer]\noptimizer_args = ['eps']",
+            "root.toml:9: optimizer.optimizer_args = ['eps']: 'eps' is not",
+        ),
+        ("[output]\nsave_every_n_epochs = 2\nsave_state_every = 3", "contradicts output.save_state_every = 3"),
+    ],
+)
+def test_contradictions_name_both_keys(workplace, lines, message):
+    _, problems = gathered(workplace, f"{LEAST}{lines}\n")
+    assert message in "\n".join(problems)
+
+
+def test_states_every_so_many_epochs(workplace, caplog):
+    caplog.set_level(logging.INFO)
+    values = flat(workplace, LEAST + "[output]\nsave_state_every = 3\n")
+    assert (values["save_every_n_epochs"], values["save_every_n_steps"], values["save_state"]) == (3, None, True)
+    assert "output.save_state_every counts epochs; the adapter is saved together with each state" in caplog.text
+    caplog.clear()
+    values = flat(workplace, LEAST + "[output]\nsave_state = false\nsave_state_every = 3\n")
+    assert (values["save_every_n_epochs"], values["save_state"]) == (None, False)
+    assert "root.toml:10: output.save_state_every is not used: save_state is off" in caplog.text
+
+
+def warnings_in(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_known_keys_without_counterpart_are_listed_with_the_reason(workplace, caplog):
-    lora = "[lora]\nlokr_constraint = 0.1\nlokr_normalize = false\n"
-    read(workplace, f"{LEAST}[training]\nauto_install = true\n{lora}[wandb]\nproject = 'x'\n")
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warnings == [
+    lora = "[lora]\nnetwork_type = 'lokr'\nlokr_constraint = 0.1\nlokr_normalize = false\n"
+    read(workplace, f"{LEAST}[training]\nauto_install = true\n{lora}[monitor]\ngpu = true\n")
+    assert warnings_in(caplog) == [
         "root.toml:9: training.auto_install is not used: nothing is installed while training",
-        "root.toml:11: lora.lokr_constraint is not used: LoKr is trained without constraint",
-        "root.toml:14: wandb.project is not used: curves go to TensorBoard",
+        "root.toml:12: lora.lokr_constraint is not used: LoKr is trained without constraint",
+        "root.toml:15: monitor.gpu is not used: losses and memory are watched by this trainer's own settings",
     ]
 
 
