@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path`, flushes it to disk, then renames it into place.
 
     The temporary path has the same ending, which tells some writers the format. An interrupted or failed write leaves
-    whatever was at `path` untouched.
+    whatever was at `path` untouched. Of several writers at once, in threads or on machines that share a disk, each
+    writes a file of its own, and the last one's stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # a writer may make a new file that only its owner can read

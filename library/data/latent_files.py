@@ -1,0 +1,97 @@
+"""Where the latents of a picture lie on disk, and what they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from library.data.picture_hashes import hash_pictures
+from library.data.pictures import Picture
+from library.data.team import Team
+from library.tensor_cache import TensorCache, cache_key
+
+CACHE_FOLDER = ".anima_cache"
+# To be raised when pixels are made in another way, or latents kept in another form.
+_VERSION = "latents 1"
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture as it is or mirrored."""
+
+    picture: Picture
+    flipped: bool
+
+    @property
+    def key(self) -> tuple[str, bool]:
+        """(picture key, flipped)"""
+        return self.picture.key, self.flipped
+
+
+@dataclass(frozen=True)
+class LatentFile:
+    """One entry of a picture folder's cache."""
+
+    cache: TensorCache
+    key: str
+
+    def read(self) -> torch.Tensor | None:
+        """latents_CTHW, fp32; None where the file is missing or damaged."""
+        tensors = self.cache.read(self.key)
+        return None if tensors is None else tensors["latents"]
+
+    def write(self, latents_CTHW: torch.Tensor) -> None:
+        """OSError: it cannot be written."""
+        self.cache.write(self.key, {"latents": latents_CTHW})
+
+
+@dataclass(frozen=True)
+class LatentFiles:
+    """Finds the files of latents.
+
+    encoder: identity of the VAE. cache_dir: where the cache folders lie; None for beside the pictures.
+    """
+
+    encoder: str
+    cache_dir: Path | None = None
+
+    def locate(
+        self, views: Sequence[View], trust_times: bool, team: Team, show_progress: bool = True
+    ) -> list[LatentFile]:
+        """Each view's file, whether it is there or not: named by picture content, bucket, mirroring and VAE.
+
+        trust_times, errors: see `hash_pictures`.
+        """
+        parents = {view.picture.path.parent for view in views}
+        folders = {parent: cache_folder(parent, self.cache_dir) for parent in parents}
+        caches = {parent: TensorCache(folder / "latents") for parent, folder in folders.items()}
+        by_path = {view.picture.path: folders[view.picture.path.parent] for view in views}
+        hashes = hash_pictures(by_path, trust_times, team, show_progress)
+        return [
+            LatentFile(caches[view.picture.path.parent], self._key(view, hashes[view.picture.path])) for view in views
+        ]
+
+    def _key(self, view: View, content: str) -> str:
+        width, height = view.picture.bucket
+        return cache_key(_VERSION, self.encoder, content, f"{width}x{height}", "flipped" if view.flipped else "")
+
+
+def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:
+    """Whether each is there and whole. by_name: do not open them to see the latter."""
+    if by_name:
+        keys = {cache: cache.keys() for cache in {file.cache for file in files}}
+        return [file.key in keys[file.cache] for file in files]
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda file: file.cache.holds(file.key), files))
+
+
+def cache_folder(pictures: Path, cache_dir: Path | None) -> Path:
+    """The cache folder of a folder of pictures: in it, or, given cache_dir, there, named by it and its path's hash."""
+    if cache_dir is None:
+        return pictures / CACHE_FOLDER
+    whole = pictures.resolve()
+    return cache_dir / f"{whole.name}-{cache_key(str(whole))[:8]}"
