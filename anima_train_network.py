@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
-from library.anima_runtime.flow import add_noise, draw_noise, draw_timesteps, velocity_losses, velocity_target
+from library.anima_runtime.devices import to_device
+from library.anima_runtime.flow import add_noise, velocity_target
+from library.anima_runtime.losses import elementwise_losses, timestep_weights
+from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.prompts import parse_prompt_lines
 from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3, plan_qwen3
 from library.anima_runtime.sampling import render
@@ -27,6 +30,7 @@ from library.anima_runtime.text_encoding import (
     TextEncoder,
     pad_captions,
 )
+from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift
 from library.anima_runtime.tokenizers import (
     check_t5_tokenizer,
     find_qwen_tokenizer,
@@ -48,11 +52,15 @@ logger = logging.getLogger("anima_train_network")
 
 
 class TrainingInputs(NamedTuple):
-    """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`."""
+    """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`.
+
+    weights_B: what each sample's loss is multiplied by.
+    """
 
     noisy_BCTHW: Tensor
     timesteps_B: Tensor
     target_BCTHW: Tensor
+    weights_B: Tensor
     qwen_states_BSD: Tensor
     qwen_mask_BS: Tensor
     t5_ids_BL: Tensor
@@ -114,10 +122,12 @@ class AnimaNetworkTrainer(NetworkTrainer):
             latents = self.encode_pixels(batch.pixels_BCHW)
         else:
             latents = batch.latents_BCTHW.to(self.device, non_blocking=True)
-        keys, seed = batch.keys, self.settings.run.seed
-        noise = draw_noise(keys, seed, latents)
-        timesteps = draw_timesteps(keys, seed, self.settings.objective, self.device)
-        noisy = add_noise(latents, noise, timesteps)
+        settings, keys, seed = self.settings, batch.keys, self.settings.run.seed
+        drawn = draw_timesteps(keys, seed, settings.timesteps, batch.bucket, batch.timestep_offsets)
+        weights = batch.loss_weights * timestep_weights(drawn, settings.timesteps.weighting_scheme)
+        timesteps, weights = to_device(drawn, self.device), to_device(weights, self.device)
+        noise = draw_noise(keys, seed, settings.noise, latents)
+        noisy = add_noise(latents, perturb_noise(noise, keys, seed, settings.noise), timesteps)
         target = velocity_target(latents, noise)
         states = self.caption_states(batch.captions)
         rows_of: dict[int, list[int]] = {}
@@ -127,7 +137,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         for length, rows in rows_of.items():
             text = pad_captions([states[row] for row in rows], self.device, length)
             chosen = slice(None) if len(rows_of) == 1 else rows
-            prepared.append(TrainingInputs(noisy[chosen], timesteps[chosen], target[chosen], *text))
+            prepared.append(TrainingInputs(noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], *text))
         return prepared
 
     def caption_states(self, captions: Sequence[str]) -> list[CaptionStates]:
@@ -137,10 +147,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return self.text_encoder.encode(captions)
 
     def losses(self, inputs: TrainingInputs) -> Tensor:
-        """Flow-matching loss of each sample."""
-        context = self.context(PaddedCaptions(*inputs[3:]))
+        """Flow-matching loss of each sample, weighted."""
+        context = self.context(PaddedCaptions(*inputs[-4:]))
         velocity = self.transformer(inputs.noisy_BCTHW, inputs.timesteps_B, context)
-        return velocity_losses(velocity, inputs.target_BCTHW)
+        errors = elementwise_losses(velocity, inputs.target_BCTHW, inputs.timesteps_B, self.settings.loss)
+        return errors.mean(dim=(1, 2, 3, 4)) * inputs.weights_B
 
     def repeated_modules(self) -> Iterable[nn.Module]:
         return (*self.transformer.blocks, *self.transformer.llm_adapter.blocks)
@@ -172,14 +183,16 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return {"sd_model": self.settings.model.pretrained_model_name_or_path, "vae": self.settings.model.vae}
 
     def model_facts(self) -> Mapping[str, Any]:
-        objective = self.settings.objective
+        timesteps = self.settings.timesteps
+        shift_varies = timesteps.timestep_sampling == "flux_shift"
         return {
             "ss_base_model_version": "anima",
             "ss_anima_depth": self.config.depth,
             "ss_gradient_checkpointing": self.transformer.gradient_checkpointing,
-            "ss_timestep_sampling": objective.anima_timestep_sampling,
-            "ss_sigmoid_scale": objective.anima_sigmoid_scale,
-            "ss_discrete_flow_shift": objective.anima_flow_shift,
+            "ss_timestep_sampling": timesteps.timestep_sampling or base_sampling(timesteps),
+            "ss_sigmoid_scale": timesteps.anima_sigmoid_scale,
+            "ss_discrete_flow_shift": None if shift_varies else flow_shift(timesteps, (1024, 1024)),
+            "ss_noise_offset": self.settings.noise.anima_noise_offset,
             # Adapters of every type are ".../lora" to readers of this key; ss_network_module tells the type.
             "modelspec.architecture": "anima/lora",
             "modelspec.implementation": "https://github.com/comfyanonymous/ComfyUI",

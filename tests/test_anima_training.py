@@ -253,11 +253,13 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     def batch(*captions):
         keys = [(0, f"{number}", 0) for number in range(len(captions))]
         latents = torch.zeros(len(captions), 16, 1, 8, 8)
-        return Batch(None, latents, list(captions), keys, [Path("x")] * len(captions), (64, 64), True)
+        count = len(captions)
+        paths, weights = [Path("x")] * count, torch.ones(count)
+        return Batch(None, latents, list(captions), keys, paths, (64, 64), True, weights, [0] * count)
 
     shorts, longs = trainer.prepare(batch(short, long, short))
     (alone,) = trainer.prepare(batch(short))
-    contexts = [trainer.context(PaddedCaptions(*inputs[3:])) for inputs in (shorts, longs, alone)]
+    contexts = [trainer.context(PaddedCaptions(*inputs[-4:])) for inputs in (shorts, longs, alone)]
     assert [context.shape[:2] for context in contexts[::2]] == [(2, 512), (1, 512)]
     assert contexts[1].shape[0] == 1 and contexts[1].shape[1] > 512
     torch.testing.assert_close(contexts[0][1], contexts[2][0], rtol=1e-5, atol=1e-6)

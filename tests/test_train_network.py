@@ -25,7 +25,8 @@ def make_settings(**groups) -> Settings:
 def make_batch(values: list[float], counted: bool = True) -> Batch:
     """A sample's number stands in its caption."""
     names = [str(value) for value in values]
-    return Batch(None, None, names, [(0, name, 0) for name in names], [Path(name) for name in names], (64, 96), counted)
+    keys, paths, count = [(0, name, 0) for name in names], [Path(name) for name in names], len(names)
+    return Batch(None, None, names, keys, paths, (64, 96), counted, torch.ones(count), [0] * count)
 
 
 class ToyTrainer(NetworkTrainer):

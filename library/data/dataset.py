@@ -28,6 +28,8 @@ class Batch:
     pixels_BCHW: in [-1, 1]. latents_BCTHW: as the encoder gave them to the cache.
     keys: (epoch, picture key, repeat) of each sample, from which its noise and timestep are derived.
     bucket: (width, height) in pixels. counted: False if its loss must not count (see `BatchPlan`).
+    loss_weights: what each sample's loss is multiplied by, float32 [B].
+    timestep_offsets: by how many thousandths each sample's timestep is moved.
     """
 
     pixels_BCHW: torch.Tensor | None
@@ -37,6 +39,8 @@ class Batch:
     paths: list[Path]
     bucket: tuple[int, int]
     counted: bool
+    loss_weights: torch.Tensor
+    timestep_offsets: list[int]
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,8 @@ class _BatchDataset(Dataset[Batch]):
             paths=[picture.path for picture in pictures],
             bucket=pictures[0].bucket,
             counted=plan.counted,
+            loss_weights=torch.ones(len(pictures)),
+            timestep_offsets=[picture.subset.timestep_offset for picture in pictures],
         )
 
     def _image(self, item: Item, epoch: int) -> torch.Tensor:

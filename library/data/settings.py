@@ -74,6 +74,11 @@ class SubsetSettings:
     caption_dropout_rate: float = option(0.0, "Share of uses in which the whole caption is left empty (0 to 1).")
     caption_tag_dropout_rate: float = option(0.0, "Chance of each tag to be left out at each use (0 to 1).")
     flip_aug: bool = option(False, "Mirror pictures left to right in half of their uses.")
+    timestep_offset: int = option(
+        0,
+        "Moves this folder's timesteps by so many thousandths: 100 trains it nearer to noise, for composition, -100 "
+        "nearer to the picture, for detail.",
+    )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.anima_runtime.flow import ObjectiveSettings
+from library.anima_runtime.losses import LossSettings
+from library.anima_runtime.noise import NoiseSettings
 from library.anima_runtime.sampling import SampleSettings
 from library.anima_runtime.settings import ModelSettings
+from library.anima_runtime.timesteps import TimestepSettings
 from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
 from library.options import Option, Secret, options_of
 from library.settings.entries import Given
@@ -33,7 +35,9 @@ class Settings:
     """
 
     model: ModelSettings
-    objective: ObjectiveSettings
+    timesteps: TimestepSettings
+    noise: NoiseSettings
+    loss: LossSettings
     network: NetworkSettings
     data: DataSettings
     datasets: tuple[DatasetSettings, ...]

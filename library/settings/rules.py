@@ -11,6 +11,7 @@ from typing import Any
 from library.data.buckets import SIDE_UNIT
 from library.errors import SettingError
 from library.settings.groups import Settings, settings_as_flat_dict, top_level_options
+from library.settings.objective_rules import objective_problems, objective_without_effect
 from library.settings.root_style_keys import DEFAULT_SOURCE
 from library.training.optimizers import check_optimizer
 
@@ -19,7 +20,20 @@ logger = logging.getLogger(__name__)
 # Option -> least and greatest allowed value. An unset option is not checked.
 RANGES: dict[str, tuple[float, float | None]] = {
     "anima_seq_len": (512, None),
-    "anima_sigmoid_scale": (0, None),
+    "anima_sigmoid_scale": (1e-3, None),
+    "anima_flow_shift": (0.01, 100),
+    "logit_mean": (-10, 10),
+    "logit_std": (1e-3, None),
+    "mode_scale": (-1, 1.75),
+    "min_timestep": (0, 1000),
+    "max_timestep": (0, 1000),
+    "timestep_offset": (-999, 999),
+    "anima_noise_offset": (0, 1),
+    "multires_noise_iterations": (0, 16),
+    "multires_noise_discount": (0, 1),
+    "ip_noise_gamma": (0, 1),
+    "huber_c": (1e-6, None),
+    "huber_scale": (1e-6, None),
     "network_dim": (1, None),
     "network_alpha": (0, None),
     "network_dropout": (0, 1),
@@ -63,7 +77,9 @@ def check_settings(settings: Settings) -> list[str]:
     _warn_of_no_effect(settings)
     _warn_of_rising_rate(settings)
     _warn_of_long_context(settings)
-    rules = (model_files, numbers_in_range, buckets, optimizer, files_to_start_from, samples, output_folders)
+    rules = (
+        model_files, numbers_in_range, objective, buckets, optimizer, files_to_start_from, samples, output_folders
+    )  # fmt: skip
     problems: list[str] = []
     for rule in rules:
         try:
@@ -105,8 +121,6 @@ def numbers_in_range(settings: Settings) -> Iterator[str]:
         yield from _range_problems(settings, dataset, f"datasets[{i}].")
         for j, subset in enumerate(subsets):
             yield from _range_problems(settings, subset, f"datasets[{i}].subsets[{j}].")
-    if not settings.objective.anima_flow_shift > 0:
-        yield f"{_origin(settings, 'anima_flow_shift')}: must be above 0; 1 is no shift"
 
 
 def _range_problems(settings: Settings, values: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -116,6 +130,14 @@ def _range_problems(settings: Settings, values: dict[str, Any], prefix: str) -> 
             continue
         allowed = f"{least} or more" if greatest is None else f"from {least} to {greatest}"
         yield f"{_origin(settings, name, prefix)}: {value} is out of range; give {allowed}"
+
+
+def objective(settings: Settings) -> Iterator[str]:
+    """The objective's settings fit each other; without a look at those that are out of range."""
+    if any(numbers_in_range(settings)):
+        return
+    for prefix, name, problem in objective_problems(settings):
+        yield f"{_origin(settings, name, prefix)}: {problem}"
 
 
 def buckets(settings: Settings) -> Iterator[str]:
@@ -245,8 +267,7 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "lr_scheduler_power", f"it is for polynomial, and lr_scheduler is {schedule.lr_scheduler}"
     if schedule.lr_scheduler != "cosine_with_min_lr":
         yield "lr_scheduler_min_lr_ratio", f"it is for cosine_with_min_lr, and lr_scheduler is {schedule.lr_scheduler}"
-    if settings.objective.anima_timestep_sampling != "logit_normal":
-        yield "anima_sigmoid_scale", "it is for anima_timestep_sampling logit_normal"
+    yield from objective_without_effect(settings)
     if run.max_train_epochs is not None:
         yield "max_train_steps", "max_train_epochs is set, and wins"
     if settings.logging.log_with == "none":

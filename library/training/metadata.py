@@ -37,6 +37,21 @@ _FROM_SETTINGS = (
     "seed",
     "output_name",
     "training_comment",
+    "weighting_scheme",
+    "logit_mean",
+    "logit_std",
+    "mode_scale",
+    "min_timestep",
+    "max_timestep",
+    "noise_offset_random_strength",
+    "multires_noise_iterations",
+    "multires_noise_discount",
+    "ip_noise_gamma",
+    "ip_noise_gamma_random_strength",
+    "loss_type",
+    "huber_schedule",
+    "huber_c",
+    "huber_scale",
 )
 
 _MODELSPEC_TEXTS = ("author", "description", "license", "tags", "trigger_phrase", "usage_hint")

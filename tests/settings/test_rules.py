@@ -49,11 +49,7 @@ def test_every_number_has_a_range_or_needs_none():
         for option in by_spelling(top_level_options()).values()
         if ("int" in str(option.type) or "float" in str(option.type)) and option.name != "resolution"
     }
-    assert numbers - RANGES.keys() == {"anima_flow_shift", "base_weights_multiplier"}
-
-
-def test_flow_shift_must_be_positive(needed_flags):
-    assert "--anima_flow_shift: must be above 0" in error_of([*needed_flags, "--anima_flow_shift", "0"])
+    assert numbers - RANGES.keys() == {"base_weights_multiplier"}
 
 
 def test_bucket_limits(needed_flags):
