@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,10 @@ _DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class TensorSpec:
     @property
     def size(self) -> int:
         """In bytes."""
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def write_tensors(
@@ -56,11 +59,11 @@ def write_tensors(
     tensor_of: gives a tensor by name, with the shape and dtype of its spec. Not atomic by itself: see
     `library.files.write_atomically`. Raises ModelFileError for a tensor unlike its spec or of a type not known here.
     """
-    unknown = [f"{name} ({spec.dtype})" for name, spec in specs.items() if spec.dtype not in _DTYPES]
+    unknown = [f"{name} ({spec.dtype})" for name, spec in specs.items() if spec.dtype not in DTYPES]
     if unknown:
         raise ModelFileError(f"{file}: number formats that cannot be written: {first_ten(unknown)}")
     # Wide numbers first, so that every tensor lies at a multiple of its numbers' size, as safetensors writes them.
-    ordered = sorted(specs, key=lambda name: -_DTYPES[specs[name].dtype].itemsize)
+    ordered = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype].itemsize)
     with file.open("wb") as opened:
         header = _header({name: specs[name] for name in ordered}, metadata)
         opened.write(len(header).to_bytes(8, "little") + header)
@@ -84,4 +87,42 @@ def _bytes_of(name: str, tensor: Tensor, spec: TensorSpec) -> memoryview:
         raise ModelFileError(
             f"{name} is {list(tensor.shape)} of {tensor.dtype}, not {list(spec.shape)} of {spec.dtype}"
         )
-    return memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return _memory_of(tensor.cpu().contiguous())
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which it shares."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+
+
+class TensorSpool:
+    """Tensors that wait in a scratch file until all are there, as a file's header says first what follows.
+
+    specs: of the tensors so far, by name. The scratch file has no name and goes with the spool, or with the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """folder: where there is room for all tensors; it is made if it is not there."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.specs: dict[str, TensorSpec] = {}
+        self._starts: dict[str, int] = {}
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open until close()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Raises ModelFileError for numbers of a type not known here."""
+        spec = TensorSpec(tuple(tensor.shape), _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+        self._starts[name] = self._file.tell()
+        self._file.write(_bytes_of(name, tensor, spec))
+        self.specs[name] = spec
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was added; none can be added afterwards."""
+        spec = self.specs[name]
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype])
+        self._file.seek(self._starts[name])
+        self._file.readinto(_memory_of(tensor))
+        return tensor
+
+    def close(self) -> None:
+        """Gives the scratch file's room back."""
+        self._file.close()

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import read_header
 from library.errors import ModelFileError, first_ten
 from library.files import write_atomically
-from networks.adapter_types import Adapters, Shape, describe_adapters, weight_shape
+from library.tensor_files import DTYPES
+from networks.adapter_types import Adapters, Shape, describe_adapters, normalised, weight_shape
 from networks.key_formats import FileKey, ParsedAdapter, find_keys, parse_keys, write_keys
 from networks.module_names import depth_of_keys, has_bias, module_names_covering
 from networks.peft_alphas import HEADER_KEY
@@ -26,18 +28,59 @@ from networks.peft_alphas import HEADER_KEY
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter file that is read module by module.
+
+    parsed: the adapter with its alphas, but with tensors on the meta device, which hold shapes and number formats only.
+    metadata: of the file. keys: {module path: {suffix: the tensor's name in the file}}.
+    """
+
+    path: Path
+    parsed: ParsedAdapter
+    metadata: dict[str, str]
+    keys: Mapping[str, Mapping[str, str]]
+
+    def module(self, module: str) -> dict[str, Tensor]:
+        """One module's tensors by suffix. The file is opened for it, as its pages stay in memory while it is open."""
+        with safe_open(self.path, framework="pt") as file:
+            tensors = {suffix: file.get_tensor(key) for suffix, key in self.keys[module].items()}
+        planned = self.parsed.adapters[module]
+        return normalised(module, {**tensors, **{key: planned[key] for key in ("alpha",) if key in planned}})
+
+
+def open_adapter_file(path: Path) -> AdapterFile:
+    """An adapter without its model, of which only the header and the alphas are read; see `read_adapter_file`."""
+    header = read_header(path)
+    unknown = [f"{key} ({stored.dtype})" for key, stored in header.items() if stored.dtype not in DTYPES]
+    if unknown:
+        raise ModelFileError(f"{path} holds number formats that are not known here: {first_ten(unknown)}")
+    outline = {
+        key: torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="meta") for key, stored in header.items()
+    }
+    metadata, names = read_metadata(path), module_names_covering(header)
+    with safe_open(path, framework="pt") as file, _errors_naming(str(path)):
+        outline |= {key: file.get_tensor(key) for key in header if key.endswith(".alpha")}
+        parsed = parse_keys(outline, metadata, names, read_peft_config(path))
+        found = find_keys(outline, names)
+    if parsed.unused or not parsed.adapters:
+        raise ModelFileError(
+            f"{path} looks like {describe_tensors(header)}. {_unused_text(len(header), parsed.unused)}"
+        )
+    keys: dict[str, dict[str, str]] = {}
+    for key, file_key in found.items():
+        keys.setdefault(file_key.path, {})[file_key.suffix] = key
+    return AdapterFile(path, parsed, _without_peft_settings(metadata), keys)
+
+
 def read_adapter_file(path: Path) -> tuple[ParsedAdapter, dict[str, str]]:
     """An adapter without its model, and the file's metadata: modules are known by Anima's names alone.
 
     Raises ModelFileError where the file holds keys that are no module of any Anima.
     """
-    header = read_header(path)
-    parsed, metadata = _read(path, header, module_names_covering(header))
-    if parsed.unused or not parsed.adapters:
-        raise ModelFileError(
-            f"{path} looks like {describe_tensors(header)}. {_unused_text(len(header), parsed.unused)}"
-        )
-    return parsed, metadata
+    opened = open_adapter_file(path)
+    adapters = {module: opened.module(module) for module in opened.parsed.adapters}
+    return replace(opened.parsed, adapters=adapters), opened.metadata
 
 
 def load_adapter_file(
@@ -130,7 +173,11 @@ def _read(path: Path, keys: Iterable[str], module_names: Iterable[str]) -> tuple
         tensors = {key: file.get_tensor(key) for key in keys}
     with _errors_naming(str(path)):
         parsed = parse_keys(tensors, metadata, module_names, read_peft_config(path))
-    return parsed, {key: value for key, value in metadata.items() if key != HEADER_KEY}
+    return parsed, _without_peft_settings(metadata)
+
+
+def _without_peft_settings(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in metadata.items() if key != HEADER_KEY}
 
 
 @contextmanager

@@ -77,7 +77,8 @@ def _resize_lokr(tensors: Mapping[str, Tensor], adapter: LoKr, limits: Limits) -
         return Approximation(dict(tensors), rank_before, rank_before, len(found.values), norm, 0.0)
     # A low-rank w1 becomes whole: with two ranks in a module, LyCORIS and ComfyUI would divide alpha by different ones.
     resized = {"lokr_w1": tensors.get("lokr_w1", adapter.w1)}
-    resized |= {"lokr_w2_a": found.up[:, :rank].float(), "lokr_w2_b": found.down[:rank].float()}
+    up, down = found.factors(rank)
+    resized |= {"lokr_w2_a": up.float(), "lokr_w2_b": down.float()}
     resized["alpha"] = torch.tensor(adapter.scale * rank, dtype=torch.float32)
     return Approximation(resized, rank_before, rank, len(found.values), norm, found.relative_error(rank))
 
@@ -104,13 +105,16 @@ def nearest_lokr(delta: Tensor, factor: int) -> Approximation:
     w1_shape = factorize(out_features, factor)[0], factorize(in_features, factor)[0]
     w1, w2, error = nearest_kronecker(delta, w1_shape)
     tensors = {"lokr_w1": w1.float(), "lokr_w2": w2.float()}
-    return Approximation(tensors, None, None, min(delta.shape), float(delta.double().norm()), error)
+    return Approximation(tensors, None, None, min(delta.shape), float(delta.norm()), error)
 
 
 def _decompose_delta(adapter: LoKr | LoHa) -> Decomposition:
-    """Of the delta before its scale."""
+    """Of the delta before its scale. Of LoHa's two forms, a dense matrix and two factors, the smaller one."""
     if isinstance(adapter, LoKr):
         return decompose_kronecker(_decompose_factor(adapter, "lokr_w1"), _decompose_factor(adapter, "lokr_w2"))
+    rank, (rows, columns) = adapter.rank, adapter.weight_shape
+    if rank**2 * (rows + columns) >= rows * columns:
+        return decompose((adapter.hada_w1_a @ adapter.hada_w1_b).mul_(adapter.hada_w2_a @ adapter.hada_w2_b))
     # (A B) ∘ (C D) is a product of rank r²: Σ_rs (A_r ∘ C_s) (B_r ∘ D_s)ᵀ over the columns of A, C, rows of B, D.
     left = torch.einsum("or,os->ors", adapter.hada_w1_a, adapter.hada_w2_a).flatten(1)
     right = torch.einsum("ri,si->rsi", adapter.hada_w1_b, adapter.hada_w2_b).flatten(0, 1)
@@ -125,9 +129,10 @@ def _decompose_factor(adapter: LoKr, name: str) -> Decomposition:
 
 
 def _lora(found: Decomposition, rank: int, scale: float, rank_before: int | None) -> Approximation:
+    up, down = found.factors(rank)
     tensors = {
-        "lora_down.weight": found.down[:rank].float(),
-        "lora_up.weight": found.up[:, :rank].float(),
+        "lora_down.weight": down.float(),
+        "lora_up.weight": up.float(),
         "alpha": torch.tensor(scale * rank, dtype=torch.float32),
     }
     error = found.relative_error(rank)

@@ -140,7 +140,8 @@ def _nearest_lora(parts: Sequence[Part], rank: int) -> tuple[dict[str, Tensor], 
         found = decompose_product(*_concatenated(parts))
     else:
         found = decompose(sum(strength * delta_of(tensors) for tensors, strength in parts))
-    return _lora(found.up[:, :rank].float(), found.down[:rank].float()), found.relative_error(rank)
+    up, down = found.factors(rank)
+    return _lora(up.float(), down.float()), found.relative_error(rank)
 
 
 def _lora(up: Tensor, down: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from library.errors import ModelFileError
-from library.tensor_files import TensorSpec, write_tensors
+from library.tensor_files import TensorSpec, TensorSpool, write_tensors
 
 TENSORS = {
     "odd.bytes": torch.arange(3, dtype=torch.uint8),
@@ -64,6 +64,25 @@ def test_a_tensor_unlike_its_header_is_refused(tmp_path, tensor):
 
 
 def test_unknown_number_formats_are_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ModelFileError, match=r"a \(F8_E4M3\)"):
-        write_tensors(tmp_path / "out", {"a": TensorSpec((3,), "F8_E4M3")}, lambda _: torch.zeros(3))
+    with pytest.raises(ModelFileError, match=r"a \(F4\)"):
+        write_tensors(tmp_path / "out", {"a": TensorSpec((3,), "F4")}, lambda _: torch.zeros(3))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_spool_gives_back_what_was_added_and_leaves_no_file(tmp_path):
+    tensors = {**TENSORS, "eight": torch.randn(3, 2).to(torch.float8_e4m3fn)}
+    spool = TensorSpool(tmp_path / "new")
+    for name, tensor in tensors.items():
+        spool.add(name, tensor)
+    for name in sorted(tensors):
+        read = spool.read(name)
+        assert read.dtype == tensors[name].dtype and torch.equal(read.float(), tensors[name].float())
+    write_tensors(tmp_path / "out.safetensors", spool.specs, spool.read)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["turned"], TENSORS["turned"])
+    spool.close()
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_spool_refuses_unknown_number_formats(tmp_path):
+    with pytest.raises(ModelFileError, match="complex64"):
+        TensorSpool(tmp_path).add("a", torch.zeros(1, dtype=torch.complex64))

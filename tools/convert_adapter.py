@@ -21,10 +21,10 @@ from torch import Tensor
 from library.anima_runtime.model_files import read_header
 from library.console import show, show_error
 from library.errors import ModelFileError, SettingError, UserError
-from networks.adapter_files import read_adapter_file
+from networks.adapter_files import open_adapter_file
 from networks.adapter_types import NORM_VALUE, describe_adapters
 from networks.key_formats import resolve_norm_values
-from tools.adapter_output import add_output_arguments, check_output, write_adapter
+from tools.adapter_output import AdapterWriter, add_output_arguments, check_output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,18 +47,21 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def convert(arguments: argparse.Namespace) -> None:
-    """Reads, renames and writes. Raises UserError before anything is written."""
+    """Reads, renames and writes, module by module. Raises UserError before anything is written."""
     check_output(arguments)
-    parsed, metadata = read_adapter_file(arguments.input)
-    adapters = parsed.adapters
-    if any(NORM_VALUE in own for own in adapters.values()):
-        if arguments.base_model is None:
-            raise SettingError(
-                f"{arguments.input} holds absolute norm values; give the transformer they belong to with --base_model"
-            )
-        adapters = resolve_norm_values(adapters, _weight_reader(arguments.base_model))
-    write_adapter(arguments, adapters, metadata)
-    show(f"{arguments.output}: {describe_adapters(adapters)}; {parsed.format} -> {arguments.format}")
+    source = open_adapter_file(arguments.input)
+    has_norm_values = any(NORM_VALUE in own for own in source.parsed.adapters.values())
+    if has_norm_values and arguments.base_model is None:
+        raise SettingError(
+            f"{arguments.input} holds absolute norm values; give the transformer they belong to with --base_model"
+        )
+    base_weight = _weight_reader(arguments.base_model) if has_norm_values else None
+    with AdapterWriter(arguments) as writer:
+        for module in source.parsed.adapters:
+            for path, own in resolve_norm_values({module: source.module(module)}, base_weight).items():
+                writer.add(path, own)
+        writer.write(source.metadata)
+    show(f"{arguments.output}: {describe_adapters(writer.outline)}; {source.parsed.format} -> {arguments.format}")
 
 
 def _weight_reader(path: Path) -> Callable[[str], Tensor]:

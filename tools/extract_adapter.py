@@ -7,8 +7,8 @@
 LoRA: the best approximation of the rank for every Linear that differs. LoKr: the nearest Kronecker product of whole
 matrices, which tools/resize_adapter.py makes smaller. Differences of norms go into the file as they are (not for
 diffusers, which has no name for them); those of biases and of the T5 embedding cannot, and are listed. The checkpoints
-may differ in number format and prefix. Memory holds one pair of tensors at a time, and the adapter: a real Anima needs
-about 1 GB. LoRA takes a CPU of two cores some 2 seconds for a Linear of 2048 x 2048.
+may differ in number format and prefix. Memory holds one pair of tensors at a time. LoRA takes a CPU of two cores some 2
+seconds for a Linear of 2048 x 2048.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from library.errors import ModelFileError, SettingError, UserError, first_ten
 from library.training.model_hashes import BLANK_HASHES
 from networks.adapter_types import Adapters, describe_adapters
 from networks.approximation import Approximation, nearest_lokr, nearest_lora
-from tools.adapter_output import add_output_arguments, check_output, write_adapter
+from tools.adapter_output import AdapterWriter, add_output_arguments, check_output
 from tools.approximations import add_limit_arguments, limits_of, rank_metadata, show_approximations
 
 DEFAULT_FACTOR = 8
@@ -46,9 +46,11 @@ Maker = Callable[[Tensor], Approximation]
 
 @dataclass(frozen=True)
 class Extracted:
-    """approximations: of the matrices, by module path. left_out: names of tensors that differ and have no place."""
+    """approximations: of the matrices, by module path, without their tensors.
 
-    adapters: Adapters
+    left_out: names of tensors that differ and have no place.
+    """
+
     approximations: dict[str, Approximation]
     left_out: list[str]
 
@@ -83,18 +85,18 @@ def extract_file(arguments: argparse.Namespace) -> None:
     make, device = _maker(arguments), _device(arguments.device)
     check_output(arguments)
     depth = _common_depth(arguments.base, arguments.tuned)
-    with_norms = arguments.format != "diffusers"
-    extracted = extract(arguments.base, arguments.tuned, make, device, with_norms)
-    if not extracted.adapters:
-        raise ModelFileError(
-            f"{arguments.base} and {arguments.tuned} differ in nothing that an adapter can hold"
-            + (f", only in {first_ten(extracted.left_out)}" if extracted.left_out else "")
-        )
-    write_adapter(arguments, extracted.adapters, _metadata(arguments, extracted.adapters, depth))
+    with AdapterWriter(arguments) as writer:
+        extracted = extract(arguments.base, arguments.tuned, make, device, writer, arguments.format != "diffusers")
+        if not writer.outline:
+            raise ModelFileError(
+                f"{arguments.base} and {arguments.tuned} differ in nothing that an adapter can hold"
+                + (f", only in {first_ten(extracted.left_out)}" if extracted.left_out else "")
+            )
+        writer.write(_metadata(arguments, writer.outline, depth))
     show_approximations(extracted.approximations)
     if extracted.left_out:
         show(f"left out, as the file cannot hold them: {first_ten(extracted.left_out)}")
-    show(f"{arguments.output}: {describe_adapters(extracted.adapters)}")
+    show(f"{arguments.output}: {describe_adapters(writer.outline)}")
 
 
 def _maker(arguments: argparse.Namespace) -> Maker:
@@ -133,17 +135,19 @@ def _common_depth(base: Path, tuned: Path) -> int:
     return sizes["depth"]
 
 
-def extract(base: Path, tuned: Path, make: Maker, device: torch.device, with_norms: bool) -> Extracted:
+def extract(
+    base: Path, tuned: Path, make: Maker, device: torch.device, writer: AdapterWriter, with_norms: bool
+) -> Extracted:
     """Compares two checkpoints of the same sizes tensor by tensor; what does not differ gets no adapter.
 
     make: the adapter of one matrix's difference [out, in]. with_norms: whether the file can hold those of norms.
     Raises ModelFileError for values that are not finite.
     """
     base_weights, tuned_weights = _stored_weights(base), _stored_weights(tuned)
-    adapters, approximations, left_out = {}, {}, []
+    approximations, left_out = {}, []
     with progress_bar(len(base_weights), "comparing", unit="tensor") as bar:
         for name, stored in base_weights.items():
-            delta = _read(tuned, tuned_weights[name], device) - _read(base, stored, device)
+            delta = _read(tuned, tuned_weights[name], device).sub_(_read(base, stored, device))
             path, _, parameter = name.rpartition(".")
             if not delta.isfinite().all():
                 raise ModelFileError(f"{name} is not finite in {base} or {tuned}")
@@ -151,14 +155,15 @@ def extract(base: Path, tuned: Path, make: Maker, device: torch.device, with_nor
                 pass
             elif parameter == "weight" and delta.ndim == 2 and path != EMBEDDING:
                 found = make(delta)
-                adapters[path] = {suffix: tensor.cpu() for suffix, tensor in found.tensors.items()}
-                approximations[path] = replace(found, tensors=adapters[path])
+                writer.add(path, found.tensors)
+                approximations[path] = replace(found, tensors={})
             elif parameter == "weight" and delta.ndim == 1 and with_norms:
-                adapters[path] = {"w_norm": delta.cpu()}
+                writer.add(path, {"w_norm": delta})
             else:
                 left_out.append(name)
+            del delta  # before the next pair is read
             bar.update()
-    return Extracted(adapters, approximations, left_out)
+    return Extracted(approximations, left_out)
 
 
 def _stored_weights(path: Path) -> dict[str, StoredTensor]:

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,10 +24,10 @@ from torch import Tensor
 
 from library.console import progress_bar, show, show_error
 from library.errors import ModelFileError, SettingError, UserError
-from networks.adapter_files import read_adapter_file
+from networks.adapter_files import AdapterFile, open_adapter_file
 from networks.adapter_types import NORM_VALUE, Adapters, adapter_kind, describe_adapters
 from networks.approximation import Approximation, Limits, resize, to_lora
-from tools.adapter_output import add_output_arguments, check_output, write_adapter
+from tools.adapter_output import AdapterWriter, add_output_arguments, check_output
 from tools.approximations import add_limit_arguments, limits_of, rank_metadata, show_approximations
 
 
@@ -52,39 +53,51 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def resize_file(arguments: argparse.Namespace) -> None:
     """Reads, resizes, writes and reports. Raises UserError before anything is written."""
-    limits = limits_of(arguments)
+    limits, as_lora = limits_of(arguments), arguments.type == "lora"
     check_output(arguments)
-    parsed, metadata = read_adapter_file(arguments.input)
-    adapters, approximations = resize_adapters(parsed.adapters, limits, arguments.type == "lora")
-    if arguments.precision is None:
-        adapters = {path: _as_stored(own, parsed.adapters[path]) for path, own in adapters.items()}
-    write_adapter(arguments, adapters, _new_metadata(metadata, adapters, arguments))
-    show_approximations(approximations)
-    carried_over = len(adapters) - len(approximations)
-    show(f"{arguments.output}: {describe_adapters(adapters)}; {carried_over} modules carried over as they are")
-
-
-def resize_adapters(adapters: Adapters, limits: Limits, as_lora: bool) -> tuple[Adapters, dict[str, Approximation]]:
-    """The resized adapter, and what became of each module that has a rank.
-
-    Raises ModelFileError for absolute norm values and values that are not finite, SettingError for LoHa that may not
-    become LoRA and for a rank that no module has.
-    """
-    for path, own in adapters.items():
+    source = open_adapter_file(arguments.input)
+    for path, own in source.parsed.adapters.items():
         _check_resizable(path, own, as_lora)
-    approximations: dict[str, Approximation] = {}
-    with progress_bar(len(adapters), "resizing", unit="module") as bar:
-        for path, own in adapters.items():
+    with AdapterWriter(arguments) as writer:
+        approximations = _resize(source, limits, as_lora, arguments.precision is None, writer)
+        _check_rank(limits, approximations)
+        writer.write(_new_metadata(source.metadata, writer.outline, arguments))
+    show_approximations(approximations)
+    carried_over = len(writer.outline) - len(approximations)
+    show(f"{arguments.output}: {describe_adapters(writer.outline)}; {carried_over} modules carried over as they are")
+
+
+def _resize(
+    source: AdapterFile, limits: Limits, as_lora: bool, keep_formats: bool, writer: AdapterWriter
+) -> dict[str, Approximation]:
+    """Resizes module by module into the writer; returns what became of each that has a rank, without its tensors.
+
+    keep_formats: new factors get the number format of the old ones. Raises ModelFileError for values that are not
+    finite.
+    """
+    approximations = {}
+    with progress_bar(len(source.parsed.adapters), "resizing", unit="module") as bar:
+        for path in source.parsed.adapters:
+            own = source.module(path)
+            if not all(tensor.isfinite().all() for tensor in own.values()):
+                raise ModelFileError(
+                    f"{path} has values that are not finite: its training broke. Take an earlier save."
+                )
             found = _approximate(own, adapter_kind(path, own), limits, as_lora)
+            resized = _replaced(own, found)
+            writer.add(path, _as_stored(resized, own) if keep_formats else resized)
             if found is not None:
-                approximations[path] = found
+                approximations[path] = replace(found, tensors={})
             bar.update()
+    return approximations
+
+
+def _check_rank(limits: Limits, approximations: Mapping[str, Approximation]) -> None:
     if not approximations:
         raise SettingError("the adapter has no module with a rank (LoRA, LoKr), so there is nothing to resize")
     full_rank = max(found.full_rank for found in approximations.values())
     if limits.rank is not None and limits.rank > full_rank:
         raise SettingError(f"--rank {limits.rank}: no module has a rank above {full_rank}; resizing only makes smaller")
-    return {path: _replaced(own, approximations.get(path)) for path, own in adapters.items()}, approximations
 
 
 def _approximate(own: Mapping[str, Tensor], kind: str, limits: Limits, as_lora: bool) -> Approximation | None:
@@ -109,8 +122,6 @@ def _check_resizable(path: str, own: Mapping[str, Tensor], as_lora: bool) -> Non
             f"{path} holds an absolute norm value; first turn the file's into differences: tools/convert_adapter.py "
             "with --base_model"
         )
-    if not all(tensor.isfinite().all() for tensor in own.values()):
-        raise ModelFileError(f"{path} has values that are not finite: its training broke. Take an earlier save.")
     if adapter_kind(path, own) == "loha" and not as_lora:
         raise SettingError(f"{path} is LoHa, which has no best LoHa of a lower rank; make it LoRA with --type lora")
 
