@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from library.training.schedules import SCHEDULES, ScheduleSettings, make_schedule, warmup_steps
+from library.errors import SettingError
+from library.training.schedules import SCHEDULES, ScheduleSettings, make_schedule, schedule_curves, warmup_steps
 
 STEPS = 40
 
@@ -30,6 +31,11 @@ def test_constant_and_linear():
 def test_cosine_falls_to_zero_once():
     expected = [1 + math.cos(math.pi * k / STEPS) for k in range(STEPS + 1)]
     assert rates(lr_scheduler="cosine") == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("cycles", [0.5, 1])
+def test_other_programs_default_of_one_cycle_falls_once_too(cycles):
+    assert rates(lr_scheduler="cosine", lr_scheduler_num_cycles=cycles) == rates(lr_scheduler="cosine")
 
 
 def test_cosine_obeys_the_number_of_cycles():
@@ -64,7 +70,74 @@ def test_polynomial_obeys_the_power():
     assert rates(lr_scheduler="polynomial", lr_scheduler_power=3) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+def test_warmup_stable_decay_holds_the_rate_and_falls_to_the_minimum():
+    seen = rates(
+        lr_scheduler="warmup_stable_decay", lr_warmup_steps=10, lr_decay_steps=0.25, lr_scheduler_min_lr_ratio=0.1
+    )
+    # transformers' warmup starts at the minimum here
+    assert seen[:11] == pytest.approx([2 * (0.1 + 0.9 * k / 10) for k in range(11)])
+    assert seen[10:31] == [2.0] * 21
+    assert seen[30:] == pytest.approx([2 * (0.1 + 0.9 * (1 + math.cos(math.pi * k / 10)) / 2) for k in range(11)])
+
+
+def test_the_decay_is_a_tenth_of_the_run_if_nothing_is_said():
+    seen = rates(lr_scheduler="warmup_stable_decay")
+    assert seen[36] == 2.0 > seen[37]
+    assert seen[-1] == 0
+
+
+def test_inverse_sqrt_obeys_the_timescale():
+    seen = rates(lr_scheduler="inverse_sqrt", lr_warmup_steps=4, lr_scheduler_timescale=9)
+    assert seen[4:] == pytest.approx([2 / math.sqrt(1 + k / 9) for k in range(STEPS - 3)])
+    without = rates(lr_scheduler="inverse_sqrt", lr_warmup_steps=4)
+    assert without[4:] == pytest.approx([2 / math.sqrt(1 + k / 4) for k in range(STEPS - 3)])
+
+
+def test_further_arguments_reach_the_schedule():
+    seen = rates(lr_scheduler="warmup_stable_decay", lr_decay_steps=20, lr_scheduler_args=("decay_type=linear",))
+    assert seen[20:] == pytest.approx([2 * (1 - k / 20) for k in range(21)])
+    assert rates(lr_scheduler="cosine_with_min_lr", lr_scheduler_args=("min_lr=0.5",))[-1] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("name", ["StepLR", "torch.optim.lr_scheduler.StepLR"])
+def test_a_class_takes_its_arguments_from_lr_scheduler_args(name):
+    seen = rates(lr_scheduler="cosine", lr_scheduler_type=name, lr_scheduler_args=("step_size=10", "gamma=0.5"))
+    assert seen == [2 * 0.5 ** (k // 10) for k in range(STEPS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_scheduler_type": "StepLRR"}, "lr_scheduler_type: StepLRR is no schedule class"),
+        ({"lr_scheduler_type": "no_such_package.A"}, "pip install no_such_package"),
+        ({"lr_scheduler_type": "StepLR"}, "lr_scheduler_type: StepLR cannot be used with learning_rate 2 and"),
+        (
+            {"lr_scheduler_type": "StepLR", "lr_scheduler_args": ("size=1",)},
+            "lr_scheduler_args: StepLR takes no 'size'; it takes step_size, gamma",
+        ),
+        ({"lr_scheduler_args": ("gamma=1",)}, "lr_scheduler_args: constant takes no 'gamma'; it takes nothing"),
+        (
+            {"lr_scheduler": "polynomial", "lr_scheduler_args": ("lr_end=3",)},
+            "lr_scheduler: polynomial cannot be used with learning_rate 2 and lr_scheduler_args lr_end=3",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_named(settings, message):
+    with pytest.raises(SettingError) as error:
+        rates(**settings)
+    assert message in str(error.value)
+
+
+def test_curves_show_each_groups_rate_at_each_step():
+    settings = ScheduleSettings(lr_scheduler="linear", lr_warmup_steps=2)
+    curves = schedule_curves(settings, 1.0, {"transformer": 1.0, "llm_adapter": 0.5}, 6)
+    expected = [0, 0.5, 1, 0.75, 0.5, 0.25]
+    assert [step for step, _ in curves["transformer"]] == list(range(6))
+    assert [rate for _, rate in curves["transformer"]] == pytest.approx(expected)
+    assert [rate for _, rate in curves["llm_adapter"]] == pytest.approx([0.5 * rate for rate in expected])
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "adafactor"])
 def test_warmup_rises_evenly_in_steps_or_as_a_fraction(name):
     for warmup in (8, 0.2):
         assert rates(lr_scheduler=name, lr_warmup_steps=warmup)[:9] == pytest.approx([k / 4 for k in range(9)])
