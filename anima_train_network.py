@@ -44,6 +44,7 @@ from library.data.dataset import Batch
 from library.errors import UserError
 from library.files import write_atomically
 from library.settings import read_settings
+from library.settings.answers import answers_instead
 from library.training.interrupts import Interrupted
 from library.training.run import chooses_checkpointing
 from train_network import NetworkTrainer
@@ -208,8 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     show_log_messages(accelerator.is_main_process)
     disable_progress_bar()  # transformers' own, for the second that Qwen3 takes to load
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        AnimaNetworkTrainer(read_settings(sys.argv[1:] if arguments is None else arguments), accelerator).train()
+        if answers_instead(words, accelerator.is_main_process):
+            return 0
+        AnimaNetworkTrainer(read_settings(words), accelerator).train()
     except Interrupted as stop:
         logger.info("%s", stop)
         return 130

@@ -18,29 +18,38 @@ def convert(option: Option, raw: Any) -> Any:
     An empty text or list leaves an option that may be unset unset, as config files written by GUIs mean it; so does 0
     where the option says so.
     """
-    kinds = _kinds(option.type)
-    if types.NoneType in kinds and (raw in ("", []) or (option.zero_is_unset and _number(raw) == 0)):
+    if types.NoneType in _kinds(option.type) and (raw in ("", []) or (option.zero_is_unset and _number(raw) == 0)):
         return None
-    value = option.parse(_single(raw)) if option.parse else _CONVERTERS[_main_kind(kinds)](raw)
+    value = option.parse(_single(raw)) if option.parse else _CONVERTERS[kinds(option)](raw)
     if option.choices is not None and value not in option.choices:
         known = ", ".join(map(str, option.choices))
         raise ValueError(f"expected one of {known}{did_you_mean(str(value), map(str, option.choices))}")
     return value
 
 
+def kinds(option: Option) -> tuple[type, ...]:
+    """The types a value may have, apart from None; a list of anything is a tuple."""
+    return tuple(kind for kind in _kinds(option.type) if kind is not types.NoneType)
+
+
 def is_bool(option: Option) -> bool:
     """Whether the option is a switch: on, off, or unset."""
-    return bool in _kinds(option.type)
+    return bool in kinds(option)
+
+
+def is_path(option: Option) -> bool:
+    """Whether the value names a file or folder."""
+    return Path in kinds(option)
 
 
 def is_secret(option: Option) -> bool:
     """Whether the value must not be shown."""
-    return Secret in _kinds(option.type)
+    return Secret in kinds(option)
 
 
 def takes_several(option: Option) -> bool:
     """Whether the option may be given several words on the command line."""
-    return tuple in _kinds(option.type)
+    return tuple in kinds(option)
 
 
 def _kinds(annotation: Any) -> tuple[type, ...]:
@@ -48,11 +57,6 @@ def _kinds(annotation: Any) -> tuple[type, ...]:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return tuple(kind for member in typing.get_args(annotation) for kind in _kinds(member))
     return (typing.get_origin(annotation) or annotation,)
-
-
-def _main_kind(kinds: tuple[type, ...]) -> type | tuple[type, ...]:
-    named = tuple(kind for kind in kinds if kind is not types.NoneType)
-    return named[0] if len(named) == 1 else named
 
 
 def _single(raw: Any) -> Any:
@@ -127,12 +131,12 @@ def _to_texts(raw: Any) -> tuple[str, ...]:
 
 
 _CONVERTERS = {
-    bool: _to_bool,
-    int: _to_int,
-    float: _to_float,
+    (bool,): _to_bool,
+    (int,): _to_int,
+    (float,): _to_float,
     (int, float): _to_int_or_float,
-    str: _to_text,
-    Path: _to_path,
-    Secret: _to_secret,
-    tuple: _to_texts,
+    (str,): _to_text,
+    (Path,): _to_path,
+    (Secret,): _to_secret,
+    (tuple,): _to_texts,
 }

@@ -19,7 +19,7 @@ def test_a_secret_is_shown_by_nothing_but_reveal():
         key: Secret
 
     settings = Settings(Secret("abc123"))
-    for text in (f"{settings}", str(dataclasses.asdict(settings)), "%s" % settings.key, repr([settings.key])):
+    for text in (f"{settings}", str(dataclasses.asdict(settings)), str(settings.key), repr([settings.key])):
         assert "abc123" not in text
         assert "(hidden)" in text
     with pytest.raises(TypeError):

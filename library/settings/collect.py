@@ -20,7 +20,9 @@ from library.settings.dataset_toml import (
     warn_of_overridden,
 )
 from library.settings.entries import Entry, Given
+from library.settings.from_adapter import adapter_settings
 from library.settings.groups import Settings, by_spelling, run_groups, shared_dataset_options, top_level_options
+from library.settings.listing import PICTURE_SOURCES
 from library.settings.resolve import resolve
 from library.settings.root_style import Mapped, is_root_style, map_root_style
 from library.settings.root_style_keys import DEFAULT_SOURCE
@@ -39,8 +41,20 @@ def read_settings(argv: Sequence[str]) -> Settings:
     Raises SettingError listing every problem at once: first of names and types, then of values and combinations.
     """
     problems: list[str] = []
-    gathered = gather(argv, problems)
+    settings = resolve_settings(argv, problems)
+    problems += check_settings(settings)
     _raise(problems)
+    return settings
+
+
+def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:
+    """The settings of a run as they are given, before values and combinations are checked.
+
+    Raises SettingError listing every unknown name and wrong type; missing pictures are added to `problems`.
+    """
+    unread: list[str] = []
+    gathered = gather(argv, unread)
+    _raise(unread)
     given, tables = gathered.given, gathered.tables
     _log_defaults(given)
     datasets = _datasets(gathered, problems)
@@ -48,10 +62,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
         field: group(**{option.name: given[option.name].value for option in options_of(group) if option.name in given})
         for field, group in run_groups().items()
     }
-    settings = Settings(**groups, datasets=datasets, given={**given, **_table_values(tables)})
-    problems += check_settings(settings)
-    _raise(problems)
-    return settings
+    return Settings(**groups, datasets=datasets, given={**given, **_table_values(tables)})
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,17 @@ class Gathered:
 def gather(argv: Sequence[str], problems: list[str]) -> Gathered:
     """Reads and merges all sources. Unknown names and wrong types are added to `problems`."""
     command_line = parse_command_line(argv)
-    config_file = command_line.program.config_file
+    config_file, adapter = command_line.program.config_file, command_line.program.from_adapter
     file = read_toml(_existing_config(config_file)) if config_file is not None else None
     written = _read_settings_file(file, problems)
+    earlier = _read_settings_file(adapter_settings(adapter) if adapter is not None else None, problems)
     options = top_level_options()
-    layers = [resolve(entries, options, problems) for entries in (*written.layers, command_line.entries)]
-    given = _merged(layers)
-    return Gathered(given, _dataset_tables(given, written.tables, problems), written.unmapped)
+    all_entries = (*earlier.layers, *written.layers, command_line.entries)
+    given = _merged([resolve(entries, options, problems) for entries in all_entries])
+    tables = written.tables
+    if tables is None and not any(_is_set(given, name) for name in PICTURE_SOURCES):
+        tables = earlier.tables
+    return Gathered(given, _dataset_tables(given, tables, problems), written.unmapped)
 
 
 @dataclass(frozen=True)

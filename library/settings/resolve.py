@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from library.errors import did_you_mean
 from library.options import Option, Secret
+from library.settings.command_line import program_options
 from library.settings.entries import Entry, Given
 from library.settings.groups import by_spelling, dataset_options, run_options, subset_options, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT, REFUSED, is_fixed_value, is_off
@@ -52,6 +53,9 @@ def _resolve_undeclared(entry: Entry, spellings: Iterable[str], problems: list[s
     elif entry.name in REFUSED:
         if not is_off(entry.value):
             problems.append(f"{entry}: not available here: {REFUSED[entry.name]}")
+    elif entry.name in program_options():
+        if not is_off(entry.value):
+            problems.append(f"{entry.source}: {entry.label} belongs on the command line: --{entry.name}")
     elif entry.name in by_spelling({**top_level_options(), **subset_options()}):
         problems.append(f"{entry.source}: {entry.label} does not belong here; put it {_place(entry.name)}")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -102,3 +103,18 @@ def _heading_path(words: list[str], is_array: bool, array_lengths: dict[KeyPath,
         if path in array_lengths:
             path = (*path, array_lengths[path] - 1)
     return path
+
+
+def toml_value(value: Any) -> str:
+    """A text, number, boolean or path as TOML writes it, or a list or dictionary of them, on one line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{toml_value(key)} = {toml_value(item)}' for key, item in value.items())}}}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    text = value.as_posix() if isinstance(value, Path) else str(value)
+    # JSON's escapes are TOML's, but for the one control character that JSON leaves as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
