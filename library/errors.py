@@ -6,7 +6,10 @@ Each message names what is wrong and what to do; the entry points show it withou
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -23,6 +26,26 @@ class DataError(UserError):
 
 class ModelFileError(UserError):
     """A model, VAE, text encoder, tokenizer or adapter file that cannot be used."""
+
+
+class Problems:
+    """Gathers user errors, so that one report tells them all instead of one a run."""
+
+    def __init__(self, found: Iterable[str] = ()) -> None:
+        self.found = list(found)
+
+    def attempt(self, function: Callable[..., T], *arguments: object) -> T | None:
+        """What the function returns, or None where it raises a UserError, which is kept."""
+        try:
+            return function(*arguments)
+        except UserError as error:
+            self.found.append(str(error))
+            return None
+
+    def raise_found(self) -> None:
+        """Raises one UserError of everything found, if there is anything."""
+        if self.found:
+            raise UserError("\n".join(self.found))
 
 
 def first_ten(names: Iterable[str], separator: str = ", ") -> str:

@@ -99,6 +99,12 @@ def create_network(
     )  # fmt: skip
 
 
+def missing_adapter_files(settings: NetworkSettings) -> list[str]:
+    """The adapter files to start from that are not there."""
+    weights = [] if settings.network_weights is None else [str(settings.network_weights)]
+    return [file for file in (*weights, *settings.base_weights) if not Path(file).is_file()]
+
+
 def check_planned(
     settings: NetworkSettings,
     module: ModuleType,
@@ -106,21 +112,24 @@ def check_planned(
     model: nn.Module,
     text_encoder: nn.Module,
     caches_text: bool,
-) -> None:
+) -> Network | None:
     """Makes the network for models on the meta device, and tells mistakes before any model is loaded.
 
-    A network of another package may read the model's weights, so it can only be made, and checked, once they are there.
+    A network of another package may read the model's weights, so it can only be made, and checked, once they are there:
+    None is returned for it.
     Raises what `create_network` and `check_network` raise; ModelFileError for adapter files that do not fit.
     """
     for file in settings.base_weights:
         load_adapter_file(Path(file), weight_shapes(model, text_encoder), settings.allow_partial_weights)
-    if settings.network_module in _OWN_MODULES:
-        network = create_network(settings, module, arguments, model, text_encoder)
-        if settings.network_weights is not None and not settings.dim_from_weights:
-            network.read_weights(settings.network_weights, settings.allow_partial_weights)
-        if settings.text_encoder_lr is not None and not network.trains("text_encoder"):
-            logger.warning("text_encoder_lr does nothing without network_args train_text_encoder=true")
-        check_network(settings, network, caches_text)
+    if settings.network_module not in _OWN_MODULES:
+        return None
+    network = create_network(settings, module, arguments, model, text_encoder)
+    if settings.network_weights is not None and not settings.dim_from_weights:
+        network.read_weights(settings.network_weights, settings.allow_partial_weights)
+    if settings.text_encoder_lr is not None and not network.trains("text_encoder"):
+        logger.warning("text_encoder_lr does nothing without network_args train_text_encoder=true")
+    check_network(settings, network, caches_text)
+    return network
 
 
 def check_network(settings: NetworkSettings, network: Network, caches_text: bool) -> None:

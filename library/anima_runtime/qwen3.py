@@ -45,7 +45,8 @@ def check_qwen_file(path: Path) -> None:
 
 
 def plan_qwen3(path: Path) -> Qwen3Model:
-    """The model of these files, without weights, on the meta device; the files must have passed `check_qwen_file`."""
+    """The model of these files, without weights, on the meta device; raises what `check_qwen_file` does."""
+    check_qwen_file(path)
     if not path.is_dir():
         return _plan_single_file(path)
     with torch.device("meta"):

@@ -57,8 +57,16 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
             yield name, "dim_from_weights takes it from network_weights"
     if network.network_weights is None and not network.base_weights:
         yield "allow_partial_weights", "neither network_weights nor base_weights is set"
-    if not data.cache_latents:
+    if not data.caches_latents:
         yield "vae_batch_size", "it is for cache_latents, which is off"
+    if not data.cache_latents_to_disk:
+        yield "skip_cache_check", "it is for cache_latents_to_disk, which is off"
+    if not (data.cache_latents_to_disk or data.cache_text_encoder_outputs_to_disk):
+        yield "cache_dir", "nothing is cached to disk"
+    if not data.caches_text:
+        yield "text_cache_memory_gb", "it is for cache_text_encoder_outputs, which is off"
+    if not data.cache_text_encoder_outputs_to_disk:
+        yield "text_cache_disk_gb", "it is for cache_text_encoder_outputs_to_disk, which is off"
     if data.max_data_loader_n_workers == 0 and data.persistent_data_loader_workers:
         yield "persistent_data_loader_workers", "max_data_loader_n_workers is 0"
     yield from optimizer_without_effect(settings)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from library.errors import SettingError
 from library.options import option
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -27,9 +28,34 @@ class RunSettings:
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass: less memory, more time. Unset: chosen by the card's memory."
     )
-    mixed_precision: str = option("no", "Precision of the frozen model; no is fp32.", choices=tuple(DTYPES))
-    seed: int = option(42, "Everything random in the run follows from it.")
+    mixed_precision: str = option(
+        "no",
+        "Number format the frozen model runs in; no is fp32. bf16 for RTX 30 and newer, fp16 for older cards. The "
+        "adapter is trained in fp32 whatever this is.",
+        choices=tuple(DTYPES),
+    )
+    full_bf16: bool = option(False, "Same as mixed_precision = bf16 here: the adapter's own weights stay fp32.")
+    full_fp16: bool = option(False, "Same as mixed_precision = fp16 here: the adapter's own weights stay fp32.")
+    seed: int = option(42, "Everything random in the run follows from it, so the same seed gives the same run.")
     resume: Path | None = option(None, "State folder of an earlier run to continue exactly.")
+    initial_step: int = option(
+        0,
+        "Steps that count as done at the start: numbers in file names and the end of the run follow from it. To go on "
+        "from an adapter without a state; the learning rate schedule still begins at its start.",
+    )
+    initial_epoch: int = option(1, "The same in epochs: 3 starts with the third. initial_step wins.")
+    skip_until_initial_step: bool = option(
+        False,
+        "With initial_step, leave out the pictures that its epoch has already shown. Unset: the epoch starts anew.",
+    )
+    dry_run: bool = option(
+        False, "Check everything that can be checked without loading a model, say what the run would be, and stop."
+    )
+
+    @property
+    def precision(self) -> str:
+        """What the frozen model runs in: a key of DTYPES."""
+        return "bf16" if self.full_bf16 else "fp16" if self.full_fp16 else self.mixed_precision
 
 
 def chooses_checkpointing(settings: RunSettings, device: torch.device) -> bool:
@@ -70,6 +96,23 @@ class RunState:
     def load(cls, path: Path) -> RunState:
         """Reads what `save` wrote."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def starting_state(settings: RunSettings, steps_per_epoch: int) -> RunState:
+    """Where a run without a state to resume begins: at initial_step or initial_epoch.
+
+    Raises SettingError where the run ends before that.
+    """
+    step = settings.initial_step or (settings.initial_epoch - 1) * steps_per_epoch
+    total = planned_steps(settings, steps_per_epoch)
+    if step >= total:
+        name = "initial_step" if settings.initial_step else "initial_epoch"
+        raise SettingError(
+            f"{name}: the run would start at step {step}, and ends at step {total}: lower it, or raise "
+            "max_train_steps or max_train_epochs, which count from the very beginning"
+        )
+    epoch, step_in_epoch = divmod(step, steps_per_epoch)
+    return RunState(step, epoch, step_in_epoch if settings.skip_until_initial_step else 0)
 
 
 def planned_steps(settings: RunSettings, steps_per_epoch: int) -> int:

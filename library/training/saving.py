@@ -10,6 +10,8 @@ import torch
 from library.options import option
 
 SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of one trained number in a state: itself, and the two moments that AdamW keeps, which is as much as optimizers need.
+_STATE_BYTES = 12
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,39 @@ class SavingSettings:
     metadata_trigger_phrase: str | None = option(None, "Words that bring out what was learnt, for the metadata.")
     metadata_usage_hint: str | None = option(None, "How to use the adapter, for its metadata.")
     no_metadata: bool = option(False, "Leave the metadata out of the adapter file.")
+
+
+@dataclass(frozen=True)
+class PlannedFiles:
+    """What a whole run leaves in output_dir: numbers of adapters and states, and the bytes of one."""
+
+    adapters: int
+    adapter_bytes: int
+    states: int
+    state_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of them together."""
+        return self.adapters * self.adapter_bytes + self.states * self.state_bytes
+
+
+def planned_files(
+    settings: SavingSettings, formats: int, parameters: int, total_steps: int, steps_per_epoch: int
+) -> PlannedFiles:
+    """The files of a run; formats: files of each saved adapter; parameters: numbers that are trained."""
+    between = 0
+    if settings.save_every_n_steps is not None:
+        between += (total_steps - 1) // settings.save_every_n_steps
+    if settings.save_every_n_epochs is not None:
+        between += (total_steps - 1) // steps_per_epoch // settings.save_every_n_epochs
+    at_end = settings.save_state or settings.save_state_on_train_end
+    return PlannedFiles(
+        adapters=(between + 1) * formats,
+        adapter_bytes=parameters * SAVE_DTYPES[settings.save_precision].itemsize,
+        states=between * settings.save_state + at_end,
+        state_bytes=parameters * _STATE_BYTES,
+    )
 
 
 def epoch_name(output_name: str, epochs_done: int) -> str:
