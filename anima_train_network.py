@@ -32,10 +32,12 @@ from library.anima_runtime.text_encoding import (
 )
 from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift
 from library.anima_runtime.tokenizers import (
-    check_t5_tokenizer,
-    find_qwen_tokenizer,
+    check_tokenizer,
     load_qwen_tokenizer,
     load_t5_tokenizer,
+    plan_qwen_tokenizer,
+    plan_t5_tokenizer,
+    provide_tokenizer,
 )
 from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import check_vae_file, load_vae
@@ -76,8 +78,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
         self.config = check_transformer_file(model.pretrained_model_name_or_path)
         check_vae_file(model.vae)
         check_qwen_file(model.qwen)
-        find_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir)
-        check_t5_tokenizer(model.t5_tokenizer_dir)
+        tokenizers = self.settings.tokenizers
+        self.qwen_tokenizer = plan_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir, tokenizers)
+        self.t5_tokenizer = plan_t5_tokenizer(model.t5_tokenizer_dir, tokenizers)
+        for tokenizer in (self.qwen_tokenizer, self.t5_tokenizer):
+            check_tokenizer(tokenizer)
         self.prompts = parse_prompt_lines(prompts) if prompts is not None else []
 
     def planned_models(self) -> tuple[nn.Module, nn.Module]:
@@ -87,11 +92,14 @@ class AnimaNetworkTrainer(NetworkTrainer):
         model = self.settings.model
         # Qwen3's activations are not known to stay within fp16.
         text_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        text_encoder = TextEncoder(
-            load_qwen3(model.qwen, text_dtype, self.device),
-            load_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir),
-            load_t5_tokenizer(model.t5_tokenizer_dir),
+        # Tokenizers first: their download may fail, and the models take longer.
+        tokenizers = (
+            load_qwen_tokenizer(provide_tokenizer(self.qwen_tokenizer)),
+            load_t5_tokenizer(
+                provide_tokenizer(self.t5_tokenizer), self.settings.tokenizers.t5_tokenizer_validate_strict
+            ),
         )
+        text_encoder = TextEncoder(load_qwen3(model.qwen, text_dtype, self.device), *tokenizers)
         caches_text = self.settings.data.cache_text_encoder_outputs
         self.text_encoder = CachedTextEncoder(text_encoder) if caches_text else text_encoder
         self.vae = load_vae(model.vae, self.dtype, self.device)

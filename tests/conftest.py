@@ -29,6 +29,8 @@ def config(tiny_anima, tmp_path):
             "vae": tiny_anima / "qwen_image_vae.safetensors",
             "qwen": tiny_anima / "qwen3",
             "t5_tokenizer_dir": tiny_anima / "t5",
+            "auto_download_t5_tokenizer": False,
+            "auto_download_qwen_tokenizer": False,
             "train_data_dir": tiny_anima / "train",
             "output_dir": tmp_path / "output",
             "output_name": "tiny",

@@ -22,10 +22,15 @@ class ModelSettings:
         None, "Qwen3-0.6B-Base text encoder: a Hugging Face folder, or ComfyUI's single file.", aliases=("qwen3",)
     )
     qwen_tokenizer_dir: Path | None = option(
-        None, "Folder with Qwen3's tokenizer. Unset: the qwen folder itself, or the folder that holds the qwen file."
+        None,
+        "Folder with Qwen3's tokenizer; what it lacks is downloaded. Unset: the qwen folder itself or the folder that "
+        "holds the qwen file, and where that has none, a folder in the Hugging Face cache.",
     )
     t5_tokenizer_dir: Path | None = option(
-        None, "Folder with the T5 tokenizer: config.json, spiece.model, tokenizer.json.", aliases=("t5_tokenizer_path",)
+        None,
+        "Folder with the T5 tokenizer: config.json, spiece.model, tokenizer.json; what it lacks is downloaded. "
+        "Unset: a folder in the Hugging Face cache. A root-style file must set it.",
+        aliases=("t5_tokenizer_path",),
     )
     anima_seq_len: int = option(
         512, "Least number of context rows; shorter captions get zero rows up to it. Captions are never cut."

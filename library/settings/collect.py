@@ -50,7 +50,7 @@ def read_settings(argv: Sequence[str]) -> Settings:
 def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:
     """The settings of a run as they are given, before values and combinations are checked.
 
-    Raises SettingError listing every unknown name and wrong type; missing pictures are added to `problems`.
+    Raises SettingError listing every unknown name and wrong type; missing pictures and folders are added to `problems`.
     """
     unread: list[str] = []
     gathered = gather(argv, unread)
@@ -62,7 +62,13 @@ def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:
         field: group(**{option.name: given[option.name].value for option in options_of(group) if option.name in given})
         for field, group in run_groups().items()
     }
-    return Settings(**groups, datasets=datasets, given={**given, **_table_values(tables)})
+    settings = Settings(**groups, datasets=datasets, given={**given, **_table_values(tables)})
+    if gathered.is_root_style and settings.model.t5_tokenizer_dir is None:
+        problems.append(
+            "t5_tokenizer_dir is not set, which a root-style file must do: set model.t5_tokenizer_dir to a folder. It "
+            "may be empty or not exist yet; the T5 tokenizer is then downloaded into it"
+        )
+    return settings
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Gathered:
     given: Mapping[str, Given]
     tables: DatasetTables | None
     unmapped: tuple[tuple[Entry, str], ...]
+    is_root_style: bool
 
 
 def gather(argv: Sequence[str], problems: list[str]) -> Gathered:
@@ -91,7 +98,7 @@ def gather(argv: Sequence[str], problems: list[str]) -> Gathered:
     tables = written.tables
     if tables is None and not any(_is_set(given, name) for name in PICTURE_SOURCES):
         tables = earlier.tables
-    return Gathered(given, _dataset_tables(given, tables, problems), written.unmapped)
+    return Gathered(given, _dataset_tables(given, tables, problems), written.unmapped, written.is_root_style)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class _SettingsFile:
     layers: tuple[Sequence[Entry], ...]
     tables: DatasetTables | None
     unmapped: tuple[tuple[Entry, str], ...] = ()
+    is_root_style: bool = False
 
 
 def _existing_config(path: Path) -> Path:
@@ -119,8 +127,9 @@ def _read_settings_file(file: TomlFile | None, problems: list[str]) -> _Settings
         general = [entry for entry in entries if _is_dataset_general(entry)]
         tables = dataset_tables(file, general, problems)
         entries = [entry for entry in entries if entry.label != "datasets" and not _is_dataset_general(entry)]
-    mapped = map_root_style(entries, problems) if is_root_style(entries) else Mapped(tuple(entries))
-    return _SettingsFile((mapped.defaults, mapped.entries), tables, mapped.unmapped)
+    is_root = is_root_style(entries)
+    mapped = map_root_style(entries, problems) if is_root else Mapped(tuple(entries))
+    return _SettingsFile((mapped.defaults, mapped.entries), tables, mapped.unmapped, is_root)
 
 
 def _is_dataset_general(entry: Entry) -> bool:

@@ -14,6 +14,7 @@ from library.anima_runtime.noise import NoiseSettings
 from library.anima_runtime.sampling import SampleSettings
 from library.anima_runtime.settings import ModelSettings
 from library.anima_runtime.timesteps import TimestepSettings
+from library.anima_runtime.tokenizer_sources import TokenizerSettings
 from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
 from library.options import Option, Secret, options_of
 from library.settings.entries import Given
@@ -38,6 +39,7 @@ class Settings:
     timesteps: TimestepSettings
     noise: NoiseSettings
     loss: LossSettings
+    tokenizers: TokenizerSettings
     network: NetworkSettings
     data: DataSettings
     datasets: tuple[DatasetSettings, ...]

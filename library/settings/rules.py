@@ -90,13 +90,12 @@ def check_settings(settings: Settings) -> list[str]:
 
 
 def model_files(settings: Settings) -> Iterator[str]:
-    """The four parts of the model are given, and are there."""
+    """The parts of the model are given, and are there; the tokenizers' files can be downloaded later."""
     model = settings.model
     for name, what in (
         ("pretrained_model_name_or_path", "the Anima transformer's .safetensors file"),
         ("vae", "the Qwen-Image VAE"),
         ("qwen", "the Qwen3 text encoder"),
-        ("t5_tokenizer_dir", "the folder of the T5 tokenizer"),
     ):
         path = getattr(model, name)
         if path is None:
@@ -105,10 +104,10 @@ def model_files(settings: Settings) -> Iterator[str]:
             yield f"{_origin(settings, name)}: {path} does not exist; give the path of {what}"
         elif name == "pretrained_model_name_or_path" and not path.is_file():
             yield f"{_origin(settings, name)}: {path} is a folder; give {what}"
-        elif name == "t5_tokenizer_dir" and not path.is_dir():
-            yield f"{_origin(settings, name)}: {path} is a file; give {what}"
-    if model.qwen_tokenizer_dir is not None and not model.qwen_tokenizer_dir.is_dir():
-        yield f"{_origin(settings, 'qwen_tokenizer_dir')}: {model.qwen_tokenizer_dir} is not a folder"
+    for name in ("t5_tokenizer_dir", "qwen_tokenizer_dir"):
+        folder = getattr(model, name)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            yield f"{_origin(settings, name)}: {folder} is a file; give the folder of the tokenizer"
 
 
 def numbers_in_range(settings: Settings) -> Iterator[str]:

@@ -37,6 +37,8 @@ def toml_and_words(spelling):
         return '["a=1", "b=2"]', [f"--{spelling}", "a=1", "b=2"], ("a=1", "b=2")
     if "Path" in annotation:
         return '"some/where"', [f"--{spelling}", "some/where"], Path("some/where")
+    if declared.name.endswith("_tokenizer_repo_id") or declared.name.endswith("_modelscope_repo_id"):
+        return '"owner/name"', [f"--{spelling}", "owner/name"], "owner/name"
     if "str" in annotation:
         return '"some text"', [f"--{spelling}", "some text"], "some text"
     if "int" in annotation:

@@ -16,7 +16,7 @@ def error_of(words):
 
 def test_missing_models_are_told_together():
     message = error_of(["--train_data_dir", "nowhere"])
-    for name in ("pretrained_model_name_or_path", "vae", "qwen", "t5_tokenizer_dir"):
+    for name in ("pretrained_model_name_or_path", "vae", "qwen"):
         assert f"{name} is not set: give the path of" in message
 
 
@@ -26,7 +26,7 @@ def test_model_paths_that_do_not_fit(workplace):
     assert lines == [
         "command line: --anima_transformer: t5 is a folder; give the Anima transformer's .safetensors file",
         "command line: --vae: no.safetensors does not exist; give the path of the Qwen-Image VAE",
-        "command line: --t5_tokenizer_path: vae.safetensors is a file; give the folder of the T5 tokenizer",
+        "command line: --t5_tokenizer_path: vae.safetensors is a file; give the folder of the tokenizer",
     ]
 
 
