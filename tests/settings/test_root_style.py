@@ -330,7 +330,7 @@ def test_known_keys_without_counterpart_are_listed_with_the_reason(workplace, ca
         ("[lora]\nlora_rank = 'x'", "root.toml:9: lora.lora_rank = 'x': expected a whole number"),
         ("[lora]\nnetwork_type = 'loha'", "root.toml:9: lora.network_type = 'loha': expected one of lora, lokr"),
         ("[lora]\nlora_targets = {a = 1}", "root.toml:9: lora.lora_targets = {'a': 1}: expected a number, a text"),
-        ("[training]\nnoise_offset = 0.1", "root.toml:9: training.noise_offset = 0.1: not available here; only 0"),
+        ("[training]\nnoise_offset = 'a'", "root.toml:9: training.noise_offset = 'a': expected a number"),
         ("[training]\nmax_steps = 'many'", "root.toml:9: training.max_steps = 'many': expected a whole number"),
         (
             "[training]\nbatch_size = 1\ntrain_batch_size = 2",
