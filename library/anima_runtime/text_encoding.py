@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,10 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, Qwen3Model
 
 from library.anima_runtime.devices import to_device
+from library.anima_runtime.lending import lent_to
 from library.errors import ModelFileError
+from library.tensor_cache import cache_key, identity_of
 
-# Captions run through Qwen3 together: memory stays bounded when a whole dataset is encoded at once.
-_BATCH_SIZE = 16
+# The one form in which captions run through frozen weights: always 8 in a batch, padded to a multiple of 64 tokens.
+# A product's rounding depends on its shape, so with shapes that follow from the caption alone its result is the same,
+# bit for bit, whichever captions it runs with, now or in a cache. More rows help caching and burden single captions.
+_ROWS = 8
+_LENGTH_STEP = 64
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class CaptionStates:
 
     qwen_states: torch.Tensor
     t5_ids: torch.Tensor
+
+    @property
+    def context_length(self) -> int:
+        """Rows of the context that the LLM adapter makes of it."""
+        return len(self.t5_ids)
 
 
 class PaddedCaptions(NamedTuple):
@@ -36,7 +46,7 @@ class PaddedCaptions(NamedTuple):
 
 
 class CaptionEncoder(Protocol):
-    """Whatever turns captions into states: TextEncoder, or CachedTextEncoder around it."""
+    """Whatever turns captions into states: TextEncoder, or a cache around it."""
 
     def encode(self, captions: Sequence[str]) -> list[CaptionStates]: ...
 
@@ -47,7 +57,7 @@ class TextEncoder:
     def __init__(
         self, qwen: Qwen3Model, qwen_tokenizer: PreTrainedTokenizerBase, t5_tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        """Raises ModelFileError when the tokenizer has tokens that the model lacks."""
+        """Takes Qwen3 on the device where it is to run. ModelFileError: the tokenizer has tokens that it lacks."""
         if len(qwen_tokenizer) > qwen.config.vocab_size:
             raise ModelFileError(
                 f"{qwen_tokenizer.name_or_path}: this tokenizer has {len(qwen_tokenizer)} tokens, more than the Qwen3 "
@@ -56,25 +66,41 @@ class TextEncoder:
         self.qwen = qwen
         self.qwen_tokenizer = qwen_tokenizer
         self.t5_tokenizer = t5_tokenizer
+        self.device = qwen.device
+
+    def leave_device(self) -> None:
+        """Moves Qwen3 to main memory; from then on each `encode` lends its weights to the device while it runs."""
+        self.qwen.to("cpu")
+
+    def identity(self) -> str:
+        """32 hex digits that the states depend on, beside the caption: weights and tokenizers."""
+        tokenizers = (tokenizer.backend_tokenizer.to_str() for tokenizer in (self.qwen_tokenizer, self.t5_tokenizer))
+        return cache_key(identity_of(self.qwen), *tokenizers)
 
     def encode(self, captions: Sequence[str], with_gradient: bool = False) -> list[CaptionStates]:
-        """The states of each caption, on Qwen3's device and in its dtype; the same alone as in any batch."""
-        states: list[CaptionStates] = []
-        # Not inference_mode: the states take part in a graph when the LLM adapter is trained.
-        with torch.set_grad_enabled(with_gradient):
-            for start in range(0, len(captions), _BATCH_SIZE):
-                states += self._encode_batch(captions[start : start + _BATCH_SIZE])
-        return states
+        """The states of each caption, on the device and in Qwen3's dtype.
 
-    def _encode_batch(self, captions: Sequence[str]) -> list[CaptionStates]:
+        Without gradients they are the same bits in any batch; with them, the captions run as one batch of their own.
+        """
         qwen_ids = [self._qwen_ids(caption) for caption in captions]
-        padded = pad_sequence(qwen_ids, batch_first=True, padding_value=self.qwen_tokenizer.pad_token_id)
-        # Attention is causal and the padding on the right, so no real token can see a padded one: no mask is needed.
-        hidden = self.qwen(input_ids=padded.to(self.qwen.device), use_cache=False).last_hidden_state
-        return [
-            CaptionStates(hidden[row, : len(ids)].clone(), self._t5_ids(caption))
-            for row, (caption, ids) in enumerate(zip(captions, qwen_ids, strict=True))
-        ]
+        lengths = [len(ids) for ids in qwen_ids]
+        states: dict[int, torch.Tensor] = {}
+        # Not inference_mode: the states take part in a graph when the LLM adapter is trained.
+        with torch.set_grad_enabled(with_gradient), lent_to(self.qwen, self.device):
+            batches = [(range(len(captions)), max(lengths))] if with_gradient else fixed_batches(lengths)
+            for rows, length in batches:
+                hidden = self._hidden([qwen_ids[row] for row in rows], length)
+                states.update((row, hidden[place, : lengths[row]].clone()) for place, row in enumerate(rows))
+        return [CaptionStates(states[row], self._t5_ids(caption)) for row, caption in enumerate(captions)]
+
+    def _hidden(self, qwen_ids: Sequence[torch.Tensor], length: int) -> torch.Tensor:
+        """Attention is causal and the padding on the right: no real token can see a padded one, so no mask is needed.
+
+        Where rows may repeat (see `fixed_batches`), so does the result.
+        """
+        padded = pad_sequence(list(qwen_ids), batch_first=True, padding_value=self.qwen_tokenizer.pad_token_id)
+        padded = F.pad(padded, (0, length - padded.shape[1]), value=self.qwen_tokenizer.pad_token_id)
+        return self.qwen(input_ids=to_device(padded, self.device), use_cache=False).last_hidden_state
 
     def _qwen_ids(self, caption: str) -> torch.Tensor:
         """No template and no BOS; the empty caption is a single pad token, as in ComfyUI."""
@@ -83,22 +109,22 @@ class TextEncoder:
 
     def _t5_ids(self, caption: str) -> torch.Tensor:
         """Ends with `</s>` = 1, which is all there is of the empty caption."""
-        return torch.tensor(self.t5_tokenizer(caption, verbose=False).input_ids, device=self.qwen.device)
+        return to_device(torch.tensor(self.t5_tokenizer(caption, verbose=False).input_ids), self.device)
 
 
-class CachedTextEncoder:
-    """Remembers each caption's states in main memory; a caption is encoded once."""
+def fixed_batches(lengths: Sequence[int]) -> Iterator[tuple[list[int], int]]:
+    """Rows of captions that run together, always 8, and the length to pad them to, a multiple of 64.
 
-    def __init__(self, encoder: CaptionEncoder) -> None:
-        self.encoder = encoder
-        self._states: dict[str, CaptionStates] = {}
-
-    def encode(self, captions: Sequence[str]) -> list[CaptionStates]:
-        """The states of each caption, on the CPU; the unseen ones are encoded together."""
-        unseen = [caption for caption in dict.fromkeys(captions) if caption not in self._states]
-        for caption, states in zip(unseen, self.encoder.encode(unseen), strict=True):
-            self._states[caption] = CaptionStates(states.qwen_states.cpu(), states.t5_ids.cpu())
-        return [self._states[caption] for caption in captions]
+    lengths: of each caption, in tokens. Captions of nearly one length share a batch; one with fewer is filled up by
+    repeating its first row.
+    """
+    by_length: dict[int, list[int]] = {}
+    for row, length in enumerate(lengths):
+        by_length.setdefault(-(-length // _LENGTH_STEP) * _LENGTH_STEP, []).append(row)
+    for length, rows in sorted(by_length.items()):
+        for start in range(0, len(rows), _ROWS):
+            batch = rows[start : start + _ROWS]
+            yield batch + batch[:1] * (_ROWS - len(batch)), length
 
 
 def pad_captions(captions: Sequence[CaptionStates], device: torch.device | str, least: int = 0) -> PaddedCaptions:

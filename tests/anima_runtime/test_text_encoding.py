@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3Model
 
-from library.anima_runtime.text_encoding import CachedTextEncoder, CaptionStates, TextEncoder, pad_captions
+from library.anima_runtime.text_encoding import CaptionStates, TextEncoder, pad_captions
 from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.errors import ModelFileError
 
@@ -90,24 +90,6 @@ def test_padding_is_on_the_right_and_masked():
     longer = pad_captions(captions, "cpu", least=5)
     assert longer.qwen_states_BSD[:, :, 0].tolist() == [[5, 5, 0, 0, 0], [6, 6, 6, 6, 0]]
     assert longer.t5_mask_BL.tolist() == [[True, True, True, False, False], [True, False, False, False, False]]
-
-
-class CountingEncoder:
-    def __init__(self):
-        self.asked = []
-
-    def encode(self, captions):
-        self.asked.append(list(captions))
-        return [CaptionStates(torch.tensor([[float(len(text))]]), torch.tensor([len(text)])) for text in captions]
-
-
-def test_the_cache_asks_once_for_each_caption():
-    inner = CountingEncoder()
-    cached = CachedTextEncoder(inner)
-    assert [int(states.t5_ids) for states in cached.encode(["cat", "", "cat"])] == [3, 0, 3]
-    assert [int(states.t5_ids) for states in cached.encode(["horse", "", "cat"])] == [5, 0, 3]
-    cached.encode(["cat"])
-    assert [asked for asked in inner.asked if asked] == [["cat", ""], ["horse"]]
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(encoder):
