@@ -41,16 +41,56 @@ class DataSettings:
         "Folder of pictures, searched recursively; each folder that holds pictures is a subset, and a folder named "
         "'10_subject' repeats its pictures 10 times and has 'subject' as its class_tokens.",
     )
-    cache_latents: bool = option(False, "Encode every picture once, before training, and keep the latents in memory.")
+    cache_latents: bool = option(
+        False, "Encode every picture once, before training, and keep the latents in memory (1 MiB each at 1024x1024)."
+    )
+    cache_latents_to_disk: bool = option(
+        False,
+        "Encode every picture once and keep the latents in files, so that the next run starts at once; includes "
+        "cache_latents. A changed picture, size or VAE is noticed and encoded anew.",
+    )
     vae_batch_size: int = option(1, "Pictures encoded at once while latents are cached.")
     cache_text_encoder_outputs: bool = option(
-        False, "Keep the Qwen3 states of every caption met in memory, so that no caption is encoded twice."
+        False,
+        "Encode each caption once, ahead of its step, and keep the result in memory; Qwen3 then leaves the GPU while "
+        "training. Shuffling and dropout of captions go on as before.",
     )
-    max_data_loader_n_workers: int = option(0, "Processes that load pictures beside training; 0 loads in the main one.")
+    cache_text_encoder_outputs_to_disk: bool = option(
+        False, "Keep encoded captions in files as well, for the next run; includes cache_text_encoder_outputs."
+    )
+    text_cache_memory_gb: float = option(
+        2.0, "Most main memory for encoded captions, in GiB (2 GiB hold about 10,000 of 100 tokens)."
+    )
+    text_cache_disk_gb: float = option(
+        20.0, "Most disk space for encoded captions, in GiB; those unused for longest are deleted first."
+    )
+    cache_dir: Path | None = option(
+        None,
+        "Folder for cached latents and captions, for pictures on a slow or read-only disk. Unset: a folder "
+        "'.anima_cache' in each picture folder.",
+    )
+    skip_cache_check: bool = option(
+        False,
+        "Start faster with many thousands of cached pictures: take cached files by their names without looking into "
+        "them, and pictures whose size and time are the same for unchanged.",
+    )
+    max_data_loader_n_workers: int = option(
+        0, "Processes that load pictures beside training; 0 lets threads of the main one do it."
+    )
     persistent_data_loader_workers: bool = option(False, "Keep the loading processes alive between epochs.")
     skip_broken_images: bool = option(
         False, "Leave out pictures that cannot be read, with a count, rather than stop the run."
     )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether every picture is encoded before training."""
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether encoded captions are kept."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk
 
 
 @dataclass(frozen=True)
