@@ -24,7 +24,12 @@ _COMMENT_COLUMN = 48
 _DEFAULT = "default"
 
 # What says where the pictures are: the [[datasets]] of the text do.
-PICTURE_SOURCES = ("dataset_config", "train_data_dir", "reg_data_dir")
+PICTURE_SOURCES = ("dataset_config", "train_data_dir", "reg_data_dir", "in_json")
+
+# What belongs to one folder, and says nothing of another.
+_OF_ONE_FOLDER = {
+    "image_dir", "metadata_file", "conditioning_data_dir", "num_repeats", "class_tokens", "is_reg"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def lift_shared(datasets: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], 
         name: tables[0][name]
         for options, tables in ((dataset_options(), datasets), (subset_options(), subsets))
         for name in options
-        if name in shared_dataset_options() and tables and all(table[name] == tables[0][name] for table in tables)
+        if name not in _OF_ONE_FOLDER and tables and all(table[name] == tables[0][name] for table in tables)
     }
 
     def rest(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _TYPE_NAMES = {
     float: "number",
     str: "text",
     Path: "path",
-    Secret: "text, kept secret",
+    Secret: "secret text",
     tuple: "list",
 }
 
@@ -57,7 +57,12 @@ def type_text(option: Option) -> str:
     """What a value looks like: "whole number", "one of no, fp16, bf16"."""
     if option.choices is not None:
         return f"one of {', '.join(map(str, option.choices))}"
-    return " or ".join(_TYPE_NAMES[kind] for kind in kinds(option))
+    return " or ".join(type_words(option))
+
+
+def type_words(option: Option) -> list[str]:
+    """What kinds of value it takes: ["whole number", "number"]."""
+    return [_TYPE_NAMES[kind] for kind in kinds(option)]
 
 
 def default_text(option: Option) -> str:
