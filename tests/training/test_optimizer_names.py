@@ -1,12 +1,17 @@
 """From an optimizer's name to its class."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from library.errors import SettingError
-from library.training.optimizer_names import OPTIMIZER_NAMES, find_optimizer
+from library.training.optimizer_names import _NAMED, OPTIMIZER_NAMES, find_optimizer
+from library.training.schedules import SCHEDULES
+
+REQUIRED = ("torch", "transformers")
 
 
 @pytest.mark.parametrize(
@@ -78,3 +83,12 @@ def test_every_name_is_found_where_its_package_is_installed():
             assert "pip install" in str(error)
         else:
             assert issubclass(found, torch.optim.Optimizer)
+
+
+def test_the_page_lists_every_optimizer_with_its_package_and_every_schedule():
+    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1:-1] for row in page.splitlines() if row.startswith("| `")]
+    listed = {name: package.strip(" `") for names, package, _ in rows for name in re.findall(r"`(\w+)`", names)}
+    expected = {name: "–" if named.package in REQUIRED else named.package for name, named in _NAMED.items()}
+    assert {name: listed.pop(name) for name in expected} == expected
+    assert set(listed) == {*SCHEDULES, "optimizer_type", "lr_scheduler"}  # and the tables' headings
