@@ -26,7 +26,7 @@ from library.settings.listing import PICTURE_SOURCES
 from library.settings.resolve import resolve
 from library.settings.root_style import Mapped, is_root_style, map_root_style
 from library.settings.root_style_keys import DEFAULT_SOURCE
-from library.settings.rules import check_settings
+from library.settings.rules import check_settings, wrong_numbers
 from library.settings.toml_files import TomlFile, read_toml
 
 logger = logging.getLogger(__name__)
@@ -40,11 +40,22 @@ def read_settings(argv: Sequence[str]) -> Settings:
 
     Raises SettingError listing every problem at once: first of names and types, then of values and combinations.
     """
+    settings, problems = settings_and_problems(argv)
+    _raise(problems)
+    return settings
+
+
+def settings_and_problems(argv: Sequence[str]) -> tuple[Settings, list[str]]:
+    """The settings, and what is wrong with their files and combinations: for a report together with other checks.
+
+    Raises SettingError for wrong names, types and numbers, with which nothing else can be checked.
+    """
     problems: list[str] = []
     settings = resolve_settings(argv, problems)
     problems += check_settings(settings)
-    _raise(problems)
-    return settings
+    if any(wrong_numbers(settings)):
+        _raise(problems)
+    return settings, problems
 
 
 def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:

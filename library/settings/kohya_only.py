@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 _FLOW = "Anima predicts a flow velocity and has no noise schedule"
-_ATTENTION = "attention runs through torch's scaled_dot_product_attention"
 _NEVER_CUT = "captions are never cut"
 _NO_CLIP = "Anima has no CLIP text encoder"
 _NO_DDP = "gradients are summed over the GPUs in one exchange, without DDP"
@@ -39,12 +38,11 @@ NO_EFFECT: dict[str, str] = {
     "qwen3_max_token_length": _NEVER_CUT,
     "t5_max_token_length": _NEVER_CUT,
     "weighted_captions": "Anima's text encoders take no word weights",
-    "no_half_vae": "the VAE needs no such protection",
     "vae_chunk_size": "the VAE encodes whole pictures",
     "vae_disable_cache": "the VAE keeps nothing between pictures",
-    "xformers": _ATTENTION,
-    "mem_eff_attn": _ATTENTION,
-    "split_attn": _ATTENTION,
+    "split_attn": "every backend of anima_attention_backend takes a whole batch at once",
+    "lowram": "models are read straight onto the GPU, part by part",
+    "highvram": "models stay where they are needed, whatever the card's memory",
     "split_mode": "the whole model is trained at once",
     "text_encoder_batch_size": "captions are encoded as they are met",
     "tokenizer_cache_dir": "tokenizers lie in t5_tokenizer_dir and beside qwen",
@@ -73,9 +71,6 @@ NO_EFFECT: dict[str, str] = {
 FIXED: dict[str, tuple[Any, ...]] = {
     "save_model_as": ("safetensors",),
     "model_prediction_type": ("raw",),
-    "sdpa": (True, False),
-    "full_bf16": (False,),
-    "full_fp16": (False,),
     "fp8_base": (False,),
     "fp8_base_unet": (False,),
     "blocks_to_swap": (0,),
