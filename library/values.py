@@ -52,6 +52,16 @@ def takes_several(option: Option) -> bool:
     return tuple in kinds(option)
 
 
+def says_nothing(option: Option, raw: Any) -> bool:
+    """Whether a value is only what GUIs write for a field that was left empty, in an option that has a value always."""
+    if types.NoneType in _kinds(option.type):
+        return False
+    if option.zero_is_unset and _number(raw) == 0:
+        return True
+    takes_text = kinds(option) == (str,) and option.choices is None and option.parse is None
+    return isinstance(raw, str) and raw == "" and not takes_text and not takes_several(option)
+
+
 def _kinds(annotation: Any) -> tuple[type, ...]:
     """int | None -> (int, NoneType); tuple[str, ...] -> (tuple,)."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
@@ -60,13 +70,14 @@ def _kinds(annotation: Any) -> tuple[type, ...]:
 
 
 def _single(raw: Any) -> Any:
-    """The command line gives one word as a list of one."""
+    """The command line gives one word as a list of one; Kohya's files give the text encoder's rate so."""
     return raw[0] if isinstance(raw, list) and len(raw) == 1 else raw
 
 
 def _to_bool(raw: Any) -> bool:
-    if isinstance(raw, bool):
-        return raw
+    """0 and 1 are what some GUIs write."""
+    if raw in (0, 1):
+        return bool(raw)
     if isinstance(raw, str) and raw.lower() in ("true", "false"):
         return raw.lower() == "true"
     raise ValueError("expected true or false")
@@ -94,6 +105,7 @@ def _to_int_or_float(raw: Any) -> int | float:
 
 def _number(raw: Any) -> int | float | None:
     """A finite number from a number or its text ("1e-4"); None for anything else, booleans included."""
+    raw = _single(raw)
     if isinstance(raw, bool) or not isinstance(raw, int | float | str):
         return None
     try:

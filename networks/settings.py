@@ -60,7 +60,9 @@ class NetworkSettings:
         (), "Strength of each of base_weights; 1 where not given.", parse=parse_multipliers
     )
     scale_weight_norms: float | None = option(
-        None, "After each step, shrink every Linear's change that is longer than this (Frobenius norm)."
+        None,
+        "After each step, shrink every Linear's change that is longer than this (Frobenius norm).",
+        zero_is_unset=True,
     )
     adapter_format: tuple[str, ...] = option(
         ("comfy",),

@@ -15,7 +15,7 @@ from anima_train_network import main
 from library.settings import read_settings
 from networks.adapter_files import read_adapter_file
 from networks.adapter_types import infer_types
-from tests.shipped_configs import NAMES, OVERLAY, ROOT, small_words_for
+from tests.shipped_configs import NAMES, OVERLAY, ROOT, small_words_for, words_for
 
 
 def metadata(path: Path) -> dict[str, str]:
@@ -39,7 +39,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_trains(name, tiny_anima, tmp_path, losses):
-    words = small_words_for(name, tiny_anima, tmp_path)
+    words = small_words_for(words_for(name), tiny_anima, tmp_path)
     saving = read_settings(words).saving
     assert main(words) == 0
     assert len(losses) == OVERLAY["command_line"]["max_train_steps"]

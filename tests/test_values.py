@@ -1,3 +1,4 @@
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 
 from library.options import Secret, option, options_of
 from library.settings.groups import run_options, shared_dataset_options, subset_options
-from library.values import convert
+from library.values import convert, says_nothing
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ CONVERSIONS = [
     ("switch", "false", False),
     ("switch", "False", False),
     ("switch", "true", True),
+    ("switch", 0, False),
+    ("switch", 1, True),
     ("automatic", False, False),
     ("automatic", "", None),
     ("count", 4, 4),
@@ -53,6 +56,7 @@ CONVERSIONS = [
     ("key", "abc", Secret("abc")),
     ("key", "", None),
     ("rate", 1, 1.0),
+    ("rate", [0.5], 0.5),
     ("rate", "1e-4", 1e-4),
     ("steps_or_fraction", 100, 100),
     ("steps_or_fraction", 0.1, 0.1),
@@ -79,7 +83,7 @@ def test_value_becomes_the_declared_type(name, raw, expected):
 
 REFUSALS = [
     ("switch", "yes", "true or false"),
-    ("switch", 1, "true or false"),
+    ("switch", 2, "true or false"),
     ("count", 4.5, "whole number"),
     ("count", True, "whole number"),
     ("count", "four", "whole number"),
@@ -89,6 +93,7 @@ REFUSALS = [
     ("rate", float("inf"), "a number"),
     ("rate", "1e999", "a number"),
     ("rate", False, "a number"),
+    ("rate", [1, 2], "a number"),
     ("steps_or_fraction", "10%", "a number"),
     ("text", 5, "a text"),
     ("file", "", "a path"),
@@ -112,6 +117,19 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
     max_leaves=5,
 )
+
+
+def test_what_guis_write_for_an_empty_field_says_nothing_where_it_is_no_value():
+    assert {name for name, declared in OPTIONS.items() if says_nothing(declared, "")} == {
+        "switch", "count", "rate", "steps_or_fraction", "file", "precision",
+    }  # fmt: skip
+    zero = option_like("count", zero_is_unset=True)
+    assert says_nothing(zero, 0) and says_nothing(zero, "0") and not says_nothing(zero, 1)
+    assert not says_nothing(OPTIONS["count"], 0)
+
+
+def option_like(name: str, **changes):
+    return dataclasses.replace(OPTIONS[name], **changes)
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,8 +27,10 @@ class SampleSettings:
     sample_prompts: Path | None = option(
         None, "Text file of prompts, one a line: 'prompt --w 1024 --h 1024 --d seed --s steps --l cfg --n negative'."
     )
-    sample_every_n_steps: int | None = option(None, "Render the prompts every so many optimizer steps.")
-    sample_every_n_epochs: int | None = option(None, "Render the prompts every so many epochs.")
+    sample_every_n_steps: int | None = option(
+        None, "Render the prompts every so many optimizer steps.", zero_is_unset=True
+    )
+    sample_every_n_epochs: int | None = option(None, "Render the prompts every so many epochs.", zero_is_unset=True)
     sample_at_first: bool = option(False, "Render the prompts before the first step as well.")
 
 

@@ -12,7 +12,7 @@ from library.settings.command_line import program_options
 from library.settings.entries import Entry, Given
 from library.settings.groups import by_spelling, dataset_options, run_options, subset_options, top_level_options
 from library.settings.kohya_only import FIXED, NO_EFFECT, REFUSED, is_fixed_value, is_off
-from library.values import convert, is_secret
+from library.values import convert, is_secret, says_nothing
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: l
             _resolve_undeclared(entry, spellings, problems)
             continue
         option = spellings[entry.name]
+        if says_nothing(option, entry.value):
+            continue
         shown = replace(entry, value=Secret("")) if is_secret(option) else entry
         try:
             value = convert(option, entry.value)

@@ -23,7 +23,7 @@ class RunSettings:
     """Length, precision and seed of the run."""
 
     max_train_steps: int = option(1600, "Optimizer steps to train.")
-    max_train_epochs: int | None = option(None, "Epochs to train; wins over max_train_steps.")
+    max_train_epochs: int | None = option(None, "Epochs to train; wins over max_train_steps.", zero_is_unset=True)
     gradient_accumulation_steps: int = option(1, "Batches that make one optimizer step.")
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass: less memory, more time. Unset: chosen by the card's memory."
@@ -43,7 +43,9 @@ class RunSettings:
         "Steps that count as done at the start: numbers in file names and the end of the run follow from it. To go on "
         "from an adapter without a state; the learning rate schedule still begins at its start.",
     )
-    initial_epoch: int = option(1, "The same in epochs: 3 starts with the third. initial_step wins.")
+    initial_epoch: int = option(
+        1, "The same in epochs: 3 starts with the third. initial_step wins.", zero_is_unset=True
+    )
     skip_until_initial_step: bool = option(
         False,
         "With initial_step, leave out the pictures that its epoch has already shown. Unset: the epoch starts anew.",

@@ -59,7 +59,7 @@ def test_the_overlay_changes_nothing_but_what_it_declares(name, tiny_anima, tmp_
     stand_ins(words_for(name), tmp_path)
     shipped = settings_as_flat_dict(read_settings(words_for(name)))
     (tmp_path / "small").mkdir()
-    small = settings_as_flat_dict(read_settings(small_words_for(name, tiny_anima, tmp_path / "small")))
+    small = settings_as_flat_dict(read_settings(small_words_for(words_for(name), tiny_anima, tmp_path / "small")))
     assert changed_keys(shipped, small) <= {
         "pretrained_model_name_or_path", "vae", "qwen", "t5_tokenizer_dir", "sample_prompts",
         "train_data_dir", "dataset_config", "image_dir", "output_dir", "logging_dir",
