@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,21 +15,19 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
+from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
+from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack_contexts
 from library.anima_runtime.devices import to_device
 from library.anima_runtime.flow import add_noise, velocity_target
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
 from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.prompts import parse_prompt_lines
-from library.anima_runtime.qwen3 import check_qwen_file, load_qwen3, plan_qwen3
+from library.anima_runtime.qwen3 import load_qwen3, plan_qwen3
 from library.anima_runtime.sampling import render
-from library.anima_runtime.text_encoding import (
-    CachedTextEncoder,
-    CaptionStates,
-    PaddedCaptions,
-    TextEncoder,
-    pad_captions,
-)
+from library.anima_runtime.text_cache import TextCache
+from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, TextEncoder, pad_captions
+from library.anima_runtime.timestep_plot import save_timestep_histogram
 from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift
 from library.anima_runtime.tokenizers import (
     check_tokenizer,
@@ -43,50 +41,89 @@ from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import check_vae_file, load_vae
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
-from library.errors import UserError
+from library.errors import Problems, UserError
 from library.files import write_atomically
-from library.settings import read_settings
+from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
+from library.tensor_cache import TensorCache, cache_key, identity_of
 from library.training.interrupts import Interrupted
 from library.training.run import chooses_checkpointing
-from train_network import NetworkTrainer
+from train_network import NetworkTrainer, RunPlan
 
 logger = logging.getLogger("anima_train_network")
+
+T = TypeVar("T")
 
 
 class TrainingInputs(NamedTuple):
     """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`.
 
-    weights_B: what each sample's loss is multiplied by.
+    weights_B: what each sample's loss is multiplied by. mask_B1HW: what that of each place is; ones [B, 1, 1, 1]
+    without masks.
     """
 
     noisy_BCTHW: Tensor
     timesteps_B: Tensor
     target_BCTHW: Tensor
     weights_B: Tensor
+    mask_B1HW: Tensor
     qwen_states_BSD: Tensor
     qwen_mask_BS: Tensor
     t5_ids_BL: Tensor
     t5_mask_BL: Tensor
 
 
+class ContextInputs(NamedTuple):
+    """`TrainingInputs` where nothing that makes the context is trained, so that it is there already."""
+
+    noisy_BCTHW: Tensor
+    timesteps_B: Tensor
+    target_BCTHW: Tensor
+    weights_B: Tensor
+    mask_B1HW: Tensor
+    context_BLD: Tensor
+
+
 class AnimaNetworkTrainer(NetworkTrainer):
     """What is Anima's own in a training run."""
 
-    def check_model_files(self) -> None:
-        model, prompts = self.settings.model, self.settings.sampling.sample_prompts
-        self.config = check_transformer_file(model.pretrained_model_name_or_path)
-        check_vae_file(model.vae)
-        check_qwen_file(model.qwen)
-        tokenizers = self.settings.tokenizers
-        self.qwen_tokenizer = plan_qwen_tokenizer(model.qwen, model.qwen_tokenizer_dir, tokenizers)
-        self.t5_tokenizer = plan_t5_tokenizer(model.t5_tokenizer_dir, tokenizers)
-        for tokenizer in (self.qwen_tokenizer, self.t5_tokenizer):
-            check_tokenizer(tokenizer)
-        self.prompts = parse_prompt_lines(prompts) if prompts is not None else []
+    def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
+        def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
+            return problems.attempt(function, path, *others) if path is not None and path.exists() else None
 
-    def planned_models(self) -> tuple[nn.Module, nn.Module]:
-        return AnimaTransformer(self.config), plan_qwen3(self.settings.model.qwen)
+        model, tokenizers = self.settings.model, self.settings.tokenizers
+        self.config = check(check_transformer_file, model.pretrained_model_name_or_path)
+        check(check_vae_file, model.vae)
+        qwen = check(plan_qwen3, model.qwen)
+        self.qwen_tokenizer = check(plan_qwen_tokenizer, model.qwen, model.qwen_tokenizer_dir, tokenizers)
+        self.t5_tokenizer = problems.attempt(plan_t5_tokenizer, model.t5_tokenizer_dir, tokenizers)
+        for tokenizer in (self.qwen_tokenizer, self.t5_tokenizer):
+            if tokenizer is not None:
+                problems.attempt(check_tokenizer, tokenizer)
+        self.prompts = check(parse_prompt_lines, self.settings.sampling.sample_prompts) or []
+        if self.config is None or qwen is None:
+            return None
+        self.attention = choose_attention(model.attention_backend, self.config.head_size, self.dtype, self.device)
+        with torch.device("meta"):
+            return AnimaTransformer(self.config), qwen
+
+    def described(self, plan: RunPlan) -> str:
+        checkpointing = "on" if chooses_checkpointing(self.settings.run, self.device) else "off"
+        model = f"{self.config.depth} blocks, attention {self.attention[0]}, gradient checkpointing {checkpointing}"
+        return f"model: {model}\n{super().described(plan)}"
+
+    def shows_only(self, plan: RunPlan) -> bool:
+        shows_schedule = super().shows_only(plan)
+        path = self.settings.timesteps.show_timesteps
+        if path is not None and self.accelerator.is_main_process:
+            uses = (
+                ((epoch, picture.key, repeat), picture.bucket, picture.subset.timestep_offset)
+                for epoch in range(-(-plan.total_steps // plan.epoch_steps))
+                for picture in plan.pictures
+                for repeat in range(picture.repeats)
+            )
+            save_timestep_histogram(path, uses, self.settings.run.seed, self.settings.timesteps)
+        return path is not None or shows_schedule
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         model = self.settings.model
@@ -99,29 +136,50 @@ class AnimaNetworkTrainer(NetworkTrainer):
                 provide_tokenizer(self.t5_tokenizer), self.settings.tokenizers.t5_tokenizer_validate_strict
             ),
         )
-        text_encoder = TextEncoder(load_qwen3(model.qwen, text_dtype, self.device), *tokenizers)
-        caches_text = self.settings.data.cache_text_encoder_outputs
-        self.text_encoder = CachedTextEncoder(text_encoder) if caches_text else text_encoder
-        self.vae = load_vae(model.vae, self.dtype, self.device)
+        self.text_encoder = TextEncoder(load_qwen3(model.qwen, text_dtype, self.device), *tokenizers)
+        self.vae = load_vae(model.vae, torch.float32 if model.no_half_vae else self.dtype, self.device)
         self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, self.device)
         self.transformer.gradient_checkpointing = chooses_checkpointing(self.settings.run, self.device)
+        backend, attend = self.attention
+        self.transformer.use_attention(attend)
         logger.info(
-            "%s with %d blocks in %s on %s, gradient checkpointing %s",
+            "%s with %d blocks in %s on %s, attention %s, gradient checkpointing %s",
             model.pretrained_model_name_or_path,
             self.config.depth,
             str(self.dtype).removeprefix("torch."),
             self.device,
+            backend,
             "on" if self.transformer.gradient_checkpointing else "off",
         )
-        return self.transformer, text_encoder.qwen
+        return self.transformer, self.text_encoder.qwen
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         return self.vae.encode(pixels_BCHW)
 
+    def latent_identity(self) -> str:
+        return identity_of(self.vae.model)
+
+    def prepare_text(self, folder: Path) -> None:
+        data = self.settings.data
+        encoder, kind = self.text_encoder, CaptionStates
+        if self.has_frozen_context():
+            encoder, kind = ContextEncoder(self.text_encoder, self.transformer, self.device), CaptionContext
+        if data.caches_text:
+            files, identity = None, ""
+            if data.cache_text_encoder_outputs_to_disk:
+                files = TensorCache(folder, limit=int(data.text_cache_disk_gb * 2**30))
+                identity = cache_key(self.text_encoder.identity(), identity_of(self.transformer.llm_adapter))
+            encoder = TextCache(encoder, kind, int(data.text_cache_memory_gb * 2**30), files, identity)
+            self.text_encoder.leave_device()
+        self.captions = encoder
+
+    def encode_ahead(self, captions: Sequence[str]) -> None:
+        self.captions.encode(captions)
+
     def latents_are_cached(self) -> None:
         self.vae.to("cpu")
 
-    def prepare(self, batch: Batch) -> list[TrainingInputs]:
+    def prepare(self, batch: Batch) -> list[TrainingInputs] | list[ContextInputs]:
         """Draws noise and timesteps, which follow from the samples' keys, and looks up the captions.
 
         A context is as long as its caption alone would make it, so captions that need more than the least length go
@@ -134,36 +192,55 @@ class AnimaNetworkTrainer(NetworkTrainer):
         settings, keys, seed = self.settings, batch.keys, self.settings.run.seed
         drawn = draw_timesteps(keys, seed, settings.timesteps, batch.bucket, batch.timestep_offsets)
         weights = batch.loss_weights * timestep_weights(drawn, settings.timesteps.weighting_scheme)
-        timesteps, weights = to_device(drawn, self.device), to_device(weights, self.device)
+        mask = batch.loss_mask_B1HW if batch.loss_mask_B1HW is not None else torch.ones(len(keys), 1, 1, 1)
+        timesteps, weights, mask = (to_device(each, self.device) for each in (drawn, weights, mask))
         noise = draw_noise(keys, seed, settings.noise, latents)
         noisy = add_noise(latents, perturb_noise(noise, keys, seed, settings.noise), timesteps)
         target = velocity_target(latents, noise)
-        states = self.caption_states(batch.captions)
+        encoded = self.encoded_captions(batch.captions)
         rows_of: dict[int, list[int]] = {}
-        for row, caption in enumerate(states):
-            rows_of.setdefault(max(self.settings.model.anima_seq_len, len(caption.t5_ids)), []).append(row)
+        for row, caption in enumerate(encoded):
+            rows_of.setdefault(max(self.settings.model.anima_seq_len, caption.context_length), []).append(row)
         prepared = []
         for length, rows in rows_of.items():
-            text = pad_captions([states[row] for row in rows], self.device, length)
+            own = [encoded[row] for row in rows]
             chosen = slice(None) if len(rows_of) == 1 else rows
-            prepared.append(TrainingInputs(noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], *text))
+            samples = (noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], mask[chosen])
+            if self.has_frozen_context():
+                prepared.append(ContextInputs(*samples, to_device(stack_contexts(own, length), self.device)))
+            else:
+                prepared.append(TrainingInputs(*samples, *pad_captions(own, self.device, length)))
         return prepared
 
-    def caption_states(self, captions: Sequence[str]) -> list[CaptionStates]:
-        """What the text encoder makes of each caption; with gradients where it is trained."""
+    def has_frozen_context(self) -> bool:
+        """Whether nothing that makes the text context is trained."""
+        return not (self.network.trains("text_encoder") or self.network.trains("llm_adapter"))
+
+    def encoded_captions(self, captions: Sequence[str]) -> list[CaptionStates] | list[CaptionContext]:
+        """What of each caption goes into `losses`; with gradients where the text encoder is trained."""
         if self.network.trains("text_encoder"):
             return self.text_encoder.encode(captions, with_gradient=True)
-        return self.text_encoder.encode(captions)
+        return self.captions.encode(captions)
 
-    def losses(self, inputs: TrainingInputs) -> Tensor:
-        """Flow-matching loss of each sample, weighted."""
-        context = self.context(PaddedCaptions(*inputs[-4:]))
+    def losses(self, inputs: TrainingInputs | ContextInputs) -> Tensor:
+        """Flow-matching loss of each sample, weighted; of masked ones the mean over what they train."""
+        if isinstance(inputs, ContextInputs):
+            context = inputs.context_BLD
+        else:
+            context = self.context(PaddedCaptions(*inputs[-4:]))
         velocity = self.transformer(inputs.noisy_BCTHW, inputs.timesteps_B, context)
         errors = elementwise_losses(velocity, inputs.target_BCTHW, inputs.timesteps_B, self.settings.loss)
+        errors = errors * inputs.mask_B1HW[:, :, None]
         return errors.mean(dim=(1, 2, 3, 4)) * inputs.weights_B
 
     def repeated_modules(self) -> Iterable[nn.Module]:
-        return (*self.transformer.blocks, *self.transformer.llm_adapter.blocks)
+        # A frozen LLM adapter runs ahead of the steps, and as it is: compiled it would round otherwise, and a cache's
+        # entries depend on that.
+        return (
+            self.transformer.blocks
+            if self.has_frozen_context()
+            else (*self.transformer.blocks, *self.transformer.llm_adapter.blocks)
+        )
 
     def capture_obstacle(self) -> str | None:
         if self.network.trains("text_encoder"):
@@ -171,9 +248,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return super().capture_obstacle()
 
     def context(self, text: PaddedCaptions) -> Tensor:
-        """The text context, with gradients where what makes it is trained."""
-        with torch.set_grad_enabled(self.network.trains("text_encoder") or self.network.trains("llm_adapter")):
-            return self.transformer.encode_context(*text, min_length=self.settings.model.anima_seq_len)
+        """The text context, with gradients."""
+        return self.transformer.encode_context(*text, min_length=self.settings.model.anima_seq_len)
 
     def render_samples(self, folder: Path, tag: str) -> None:
         self.vae.to(self.device)
@@ -185,7 +261,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             path = folder / f"{self.settings.saving.output_name}_{tag}_{number:02d}_{stamp}_{request.seed}.png"
             write_atomically(path, lambda file, picture=picture: picture.save(file, format="PNG"))
             logger.info("sample: %s", path.resolve())
-        if self.settings.data.cache_latents:
+        if self.settings.data.caches_latents:
             self.vae.to("cpu")
 
     def model_files(self) -> Mapping[str, Path]:
@@ -197,6 +273,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return {
             "ss_base_model_version": "anima",
             "ss_anima_depth": self.config.depth,
+            "ss_anima_attention_backend": self.attention[0],
             "ss_gradient_checkpointing": self.transformer.gradient_checkpointing,
             "ss_timestep_sampling": timesteps.timestep_sampling or base_sampling(timesteps),
             "ss_sigmoid_scale": timesteps.anima_sigmoid_scale,
@@ -221,7 +298,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if answers_instead(words, accelerator.is_main_process):
             return 0
-        AnimaNetworkTrainer(read_settings(words), accelerator).train()
+        settings, problems = settings_and_problems(words)
+        AnimaNetworkTrainer(settings, accelerator, problems).train()
     except Interrupted as stop:
         logger.info("%s", stop)
         return 130

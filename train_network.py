@@ -10,43 +10,51 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 
 from library.console import progress_bar
 from library.data.dataset import Batch, TrainingBatches
 from library.data.epochs import bucket_table, steps_per_epoch
-from library.data.latents import cache_latents
-from library.data.pictures import scan_datasets
+from library.data.latent_files import LatentFiles, cache_folder
+from library.data.latents import LatentCache, cache_latents, cache_latents_to_disk
+from library.data.pictures import Picture, scan_datasets
 from library.data.summary import describe_data
-from library.errors import SettingError, UserError
+from library.data.team import Team
+from library.errors import Problems, SettingError, UserError
 from library.files import write_atomically
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
 from library.training.captured import CapturedBackward
 from library.training.interrupts import Interrupted, stop_requests
+from library.training.machine import check_device, check_disk, describe_device, readable_size
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
 from library.training.model_hashes import fill_hashes, start_hashing
-from library.training.optimizers import make_optimizer
-from library.training.run import DTYPES, RunState, planned_steps
-from library.training.saving import SAVE_DTYPES, epoch_name, is_due, step_name
-from library.training.schedules import make_schedule
+from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
+from library.training.run import DTYPES, planned_steps, starting_state
+from library.training.saving import SAVE_DTYPES, PlannedFiles, epoch_name, is_due, planned_files, step_name
+from library.training.schedule_checks import check_length
+from library.training.schedules import draw_schedule, make_schedule
 from library.training.speed import choose_speed, compile_modules
 from library.training.states import Resumable, load_state, save_state
 from library.training.trackers import Tracker
 from networks.setup import (
+    Network,
     attach_network,
     check_network,
     check_planned,
     create_network,
     import_network_module,
+    missing_adapter_files,
     network_arguments,
     prove_loadable,
     summary_table,
@@ -55,28 +63,45 @@ from networks.setup import (
 logger = logging.getLogger("train_network")
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before a model is loaded.
+
+    network: on the meta device; None where another package makes it. rates: the learning rate of each part.
+    """
+
+    network_module: ModuleType
+    network_arguments: dict[str, str]
+    network: Network | None
+    rates: dict[str, float]
+    pictures: tuple[Picture, ...]
+    epoch_steps: int
+    total_steps: int
+
+
 class NetworkTrainer(ABC):
     """Trains an adapter network on captioned pictures.
 
     `train` is the whole run. What depends on the model is in the hooks, which a subclass implements.
+    known_problems: what is known to be wrong with the settings; it is told with what else is found at the start.
     """
 
-    def __init__(self, settings: Settings, accelerator: Accelerator) -> None:
+    def __init__(self, settings: Settings, accelerator: Accelerator, known_problems: Sequence[str] = ()) -> None:
         self.settings = settings
+        self.known_problems = known_problems
         self.accelerator = accelerator
         self.device = accelerator.device
-        self.dtype = DTYPES[settings.run.mixed_precision]
+        self.dtype = DTYPES[settings.run.precision]
         self.captured: CapturedBackward | None = None
 
     # --- hooks: what the model is ---
 
     @abstractmethod
-    def check_model_files(self) -> None:
-        """Refuses wrong model files by what their headers say, before anything is loaded."""
+    def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
+        """What `load_models` will return, on the meta device, or None where the files do not tell.
 
-    @abstractmethod
-    def planned_models(self) -> tuple[nn.Module, nn.Module]:
-        """What `load_models` will return, without weights; called on the meta device, after the files' check."""
+        All that is wrong with the model's files by their headers goes to `problems`; that a file is missing is known.
+        """
 
     @abstractmethod
     def load_models(self) -> tuple[nn.Module, nn.Module]:
@@ -87,8 +112,20 @@ class NetworkTrainer(ABC):
         """Pixels in [-1, 1] -> latents."""
 
     @abstractmethod
+    def latent_identity(self) -> str:
+        """What latents depend on beside the picture, as text: two encoders that differ have different ones."""
+
+    @abstractmethod
     def latents_are_cached(self) -> None:
         """Called when no picture will be encoded any more: frees what only that needed."""
+
+    @abstractmethod
+    def prepare_text(self, folder: Path) -> None:
+        """Called when the network is attached: what it leaves untrained may be cached, between runs in `folder`."""
+
+    @abstractmethod
+    def encode_ahead(self, captions: Sequence[str]) -> None:
+        """Called, where captions are cached, some time before the steps that use these."""
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Sequence[Any]:
@@ -126,40 +163,26 @@ class NetworkTrainer(ABC):
         is_main, processes = self.accelerator.is_main_process, self.accelerator.num_processes
         started_at, started = time.time(), time.perf_counter()
 
-        # What can be known to be wrong is found before a model is loaded: settings, model files, pictures.
-        network_module = import_network_module(settings.network.network_module)
-        arguments = network_arguments(settings.network, settings.given)
-        self.check_model_files()
-        with torch.device("meta"):
-            planned = self.planned_models()
-        caches_text = settings.data.cache_text_encoder_outputs
-        check_planned(settings.network, network_module, arguments, *planned, caches_text)
-        pictures = scan_datasets(settings.datasets, settings.data.skip_broken_images, show_progress=is_main)
-        batch_sizes = [dataset.batch_size for dataset in settings.datasets]
-        epoch_steps = steps_per_epoch(pictures, batch_sizes, run.gradient_accumulation_steps, processes)
-        total_steps = planned_steps(run, epoch_steps)
-        logger.info("%s", bucket_table(pictures, batch_sizes))
+        plan = self.plan_run()
+        pictures, epoch_steps, total_steps = plan.pictures, plan.epoch_steps, plan.total_steps
+        if run.dry_run:
+            logger.info("dry run: nothing is wrong\n%s", self.described(plan))
+            return
+        if self.shows_only(plan):
+            return
 
         # Models, adapter, latents, optimizer.
         set_seed(run.seed)
-        models = self.load_models()
-        self.network = create_network(settings.network, network_module, arguments, *models)
-        attach_network(settings.network, self.network, *models, self.device)
-        check_network(settings.network, self.network, caches_text)
-        prove_loadable(self.network, settings.network.adapter_format, *models)
-        latents = None
-        if settings.data.cache_latents:
-            latents = cache_latents(pictures, self.encode_pixels, settings.data.vae_batch_size, show_progress=is_main)
-            self.latents_are_cached()
+        self.load_and_attach(plan)
         batches = TrainingBatches(
-            pictures, batch_sizes, run.seed, accumulation=run.gradient_accumulation_steps,
-            rank=self.accelerator.process_index, world_size=processes, latents=latents,
+            pictures, self.batch_sizes, run.seed, accumulation=run.gradient_accumulation_steps,
+            rank=self.accelerator.process_index, world_size=processes, latents=self.cached_latents(pictures),
             workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers,
+            announce=self.encode_ahead if settings.data.caches_text else None,
         )  # fmt: skip
         self.make_parts(total_steps)
-        optimizer, schedule = self.parts.optimizer, self.parts.schedule
-        self.state = RunState()
+        self.state = starting_state(run, epoch_steps)
         if run.resume is not None:
             self.state = load_state(run.resume, self.parts)
             if self.state.step >= total_steps:
@@ -174,7 +197,7 @@ class NetworkTrainer(ABC):
             model_files=self.model_files(),
             file_hashes=start_hashing(self.model_files()) if is_main else {},
             data=describe_data(settings.datasets, pictures),
-            network_args=arguments,
+            network_args=plan.network_arguments,
             num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
             num_epochs=-(-total_steps // epoch_steps),
             max_train_steps=total_steps,
@@ -184,7 +207,7 @@ class NetworkTrainer(ABC):
         tracker = Tracker(settings.logging, saving.output_name, is_main)
         if tracker.folder is not None:
             logger.info("curves: %s", tracker.folder.resolve())
-        if settings.sampling.sample_at_first and self.state.step == 0:
+        if settings.sampling.sample_at_first and run.resume is None:
             self.sample("e000000")
 
         # Each window of batches makes one optimizer step; saves and states lie between steps.
@@ -205,11 +228,7 @@ class NetworkTrainer(ABC):
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
                     bar.update()
                     if is_due(settings.logging.log_every_n_steps, step) or step == 1 or epoch_ended or finished:
-                        rates = {
-                            f"lr/{group['name']}": rate
-                            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True)
-                        }
-                        tracker.log({**meter.read(step), **rates}, step)
+                        tracker.log({**meter.read(step), **learning_rates(self.parts.optimizer)}, step)
                         bar.set_postfix(meter.shown())
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
@@ -233,16 +252,116 @@ class NetworkTrainer(ABC):
             state = saving.output_dir / f"{step_name(saving.output_name, self.state.step)}-state"
             raise Interrupted(f'stopped at step {self.state.step} of {total_steps}; go on with --resume "{state}"')
 
+    def plan_run(self) -> RunPlan:
+        """Checks all that can be checked before a model is loaded, and plans the run.
+
+        Raises UserError naming everything that was found wrong, the settings' own problems first.
+        """
+        settings, run, processes = self.settings, self.settings.run, self.accelerator.num_processes
+        problems = Problems(self.known_problems)
+        problems.attempt(check_device, run, self.device)
+        module = problems.attempt(import_network_module, settings.network.network_module)
+        arguments = problems.attempt(network_arguments, settings.network, settings.given)
+        models = self.plan_models(problems)
+        network, rates = None, {"all": settings.optimizer.learning_rate}
+        if None not in (module, arguments, models) and not missing_adapter_files(settings.network):
+            caches_text = settings.data.caches_text
+            network = problems.attempt(check_planned, settings.network, module, arguments, *models, caches_text)
+        if network is not None:
+            rates = {group["name"]: group["lr"] for group in self.parameter_groups(network)}
+            if not self.known_problems:  # else an optimizer that cannot be made at all may be among them
+                problems.attempt(check_optimizer, settings.optimizer, rates)
+        pictures, epoch_steps = (), 0
+        if settings.datasets:
+            is_main = self.accelerator.is_main_process
+            pictures = problems.attempt(scan_datasets, settings.datasets, settings.data.skip_broken_images, is_main)
+        if pictures:
+            epoch_steps = steps_per_epoch(pictures, self.batch_sizes, run.gradient_accumulation_steps, processes)
+            problems.attempt(check_length, settings.schedule, planned_steps(run, epoch_steps))
+            problems.attempt(starting_state, run, epoch_steps)
+        plan = RunPlan(module, arguments, network, rates, pictures, epoch_steps, planned_steps(run, epoch_steps))
+        if network is not None and pictures:
+            problems.attempt(check_disk, settings.saving.output_dir, self.files_of(plan).total_bytes)
+        problems.raise_found()
+        logger.info("%s", bucket_table(pictures, self.batch_sizes))
+        return plan
+
+    def shows_only(self, plan: RunPlan) -> bool:
+        """Draws what the settings ask to see of the planned run; whether they do, and so nothing is to be trained."""
+        schedule = self.settings.schedule
+        if schedule.show_lr_schedule is None:
+            return False
+        if self.accelerator.is_main_process:
+            draw_schedule(schedule, self.settings.optimizer.learning_rate, plan.rates, plan.total_steps)
+        return True
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of each dataset."""
+        return [dataset.batch_size for dataset in self.settings.datasets]
+
+    def files_of(self, plan: RunPlan) -> PlannedFiles:
+        """What the run will save, as far as the network is known."""
+        count = 0 if plan.network is None else sum(parameter.numel() for parameter in plan.network.parameters())
+        formats = len(self.settings.network.adapter_format)
+        return planned_files(self.settings.saving, formats, count, plan.total_steps, plan.epoch_steps)
+
+    def described(self, plan: RunPlan) -> str:
+        """What the run would be."""
+        files = self.files_of(plan)
+        lines = [
+            f"device: {describe_device(self.device)}, {self.accelerator.num_processes} process(es), "
+            f"model in {str(self.dtype).removeprefix('torch.')}",
+            f"length: {plan.total_steps} steps of {plan.epoch_steps} an epoch, from {len(plan.pictures)} pictures",
+        ]
+        if plan.network is not None:
+            free = check_disk(self.settings.saving.output_dir, files.total_bytes)
+            lines.append(
+                f"files: {files.adapters} adapters of {readable_size(files.adapter_bytes)}, {files.states} states of "
+                f"up to {readable_size(files.state_bytes)}; {readable_size(free)} are free"
+            )
+        return "\n".join(lines)
+
+    def load_and_attach(self, plan: RunPlan) -> None:
+        """Loads the models and attaches a new network to them, proven to load where it will be used."""
+        settings, models = self.settings, self.load_models()
+        self.network = create_network(settings.network, plan.network_module, plan.network_arguments, *models)
+        attach_network(settings.network, self.network, *models, self.device)
+        check_network(settings.network, self.network, settings.data.caches_text)
+        prove_loadable(self.network, settings.network.adapter_format, *models)
+        self.prepare_text(cache_folder(plan.pictures[0].path.parent, settings.data.cache_dir) / "text")
+
+    def cached_latents(self, pictures: Sequence[Picture]) -> LatentCache | None:
+        """Every picture's latents, where they are to be cached."""
+        data, accelerator = self.settings.data, self.accelerator
+        if not data.caches_latents:
+            return None
+        team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
+        common = {"team": team, "show_progress": accelerator.is_main_process}
+        if data.cache_latents_to_disk:
+            files = LatentFiles(self.latent_identity(), data.cache_dir)
+            latents = cache_latents_to_disk(
+                pictures, self.encode_pixels, data.vae_batch_size, files, data.skip_cache_check, **common
+            )
+        else:
+            latents = cache_latents(pictures, self.encode_pixels, data.vae_batch_size, **common)
+        self.latents_are_cached()
+        return latents
+
+    def parameter_groups(self, network: Network) -> list[dict[str, Any]]:
+        """What trains, grouped by part and learning rate."""
+        own = self.settings.network
+        return network.prepare_optimizer_params(own.text_encoder_lr, own.unet_lr, self.settings.optimizer.learning_rate)
+
     def make_parts(self, total_steps: int) -> None:
         """Optimizer, schedule and loss scale for the attached network, and the way in which steps run."""
         settings = self.settings
-        groups = self.network.prepare_optimizer_params(
-            settings.network.text_encoder_lr, settings.network.unet_lr, settings.optimizer.learning_rate
-        )
+        groups = self.parameter_groups(self.network)
+        check_optimizer(settings.optimizer, {group["name"]: group["lr"] for group in groups})
         logger.info("%s", summary_table(self.network, groups))
         optimizer = make_optimizer(settings.optimizer, groups, self.device)
         schedule = make_schedule(settings.schedule, optimizer, total_steps)
-        scaler = torch.amp.GradScaler(self.device.type, enabled=settings.run.mixed_precision == "fp16")
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parts = Resumable(self.network, optimizer, schedule, scaler)
         choice = choose_speed(self.settings.speed, self.device, total_steps)
         obstacle = self.capture_obstacle()
@@ -255,7 +374,7 @@ class NetworkTrainer(ABC):
     def capture_obstacle(self) -> str | None:
         """Why the step cannot be recorded; None where it can."""
         if self.parts.scaler.is_enabled():
-            return "mixed_precision is fp16"
+            return "the model runs in fp16"
         return None
 
     def step(self, batches: list[Batch], sample_count: int) -> Tensor:
@@ -334,7 +453,8 @@ class NetworkTrainer(ABC):
 
     def write_adapter(self, file: Path, file_format: str, metadata: dict[str, str] | None) -> None:
         """The adapter file with the hashes of its own bytes."""
-        self.network.save_weights(file, SAVE_DTYPES[self.settings.saving.save_precision], metadata, file_format)
+        with averaged_weights(self.parts.optimizer):
+            self.network.save_weights(file, SAVE_DTYPES[self.settings.saving.save_precision], metadata, file_format)
         fill_hashes(file)
 
     def metadata(self) -> dict[str, str]:
@@ -362,7 +482,8 @@ class NetworkTrainer(ABC):
             return
         self.network.eval()
         try:
-            self.render_samples(self.settings.saving.output_dir / "sample", tag)
+            with averaged_weights(self.parts.optimizer):
+                self.render_samples(self.settings.saving.output_dir / "sample", tag)
         except torch.OutOfMemoryError:
             logger.warning("sample pictures left out: out of GPU memory; give the prompts a lower --w and --h")
         self.network.train()

@@ -16,6 +16,7 @@ import anima_train_network
 from anima_train_network import AnimaNetworkTrainer, main
 from library.anima_runtime.text_encoding import PaddedCaptions
 from library.data.dataset import Batch
+from library.errors import Problems
 from networks import lora_anima
 from train_network import NetworkTrainer
 
@@ -206,10 +207,12 @@ def test_a_picture_lost_during_training_ends_the_run_with_a_message_and_a_state(
         return step(self, batches, sample_count)
 
     monkeypatch.setattr(NetworkTrainer, "step", lose_pictures)
-    assert main(config(train_data_dir=tmp_path / "train", cache_latents=False, max_train_steps=6)) == 1
+    assert main(config(train_data_dir=tmp_path / "train", cache_latents=False, max_train_steps=20)) == 1
     assert "error: picture" in capsys.readouterr().err
-    assert adapter(tmp_path, "tiny-step00000002")
-    assert (tmp_path / "output" / "tiny-step00000002-state" / "run_state.json").is_file()
+    (state,) = (tmp_path / "output").glob("tiny-step*-state/run_state.json")
+    step = int(state.parent.name[9:17])
+    assert 2 <= step <= 8  # some batches had been loaded ahead
+    assert adapter(tmp_path, f"tiny-step{step:08d}")
 
 
 def test_sample_pictures_that_do_not_fit_the_gpu_are_left_out(config, tiny_anima, tmp_path, capsys, monkeypatch):
@@ -246,8 +249,9 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     monkeypatch.setattr(AnimaNetworkTrainer, "train", lambda self: trainers.append(self))
     main(config())
     (trainer,) = trainers
-    trainer.check_model_files()
+    trainer.plan_models(Problems())
     trainer.network = lora_anima.create_network(1.0, 4, 1.0, None, None, trainer.load_models()[0])
+    trainer.prepare_text(tmp_path)
     short, long = "a red square", "a red square " * 300
 
     def batch(*captions):

@@ -51,15 +51,22 @@ class ToyTrainer(NetworkTrainer):
     def load_models(self):
         return nn.Identity(), nn.Identity()
 
-    planned_models = load_models
+    def plan_models(self, problems):
+        return self.load_models()
 
     def encode_pixels(self, pixels_BCHW):
         return pixels_BCHW
 
-    def check_model_files(self):
-        """It has none."""
+    def latent_identity(self):
+        return "toy"
 
-    latents_are_cached = check_model_files
+    def latents_are_cached(self):
+        """It has no VAE."""
+
+    def prepare_text(self, folder):
+        """It takes captions as they are."""
+
+    encode_ahead = prepare_text
 
     def repeated_modules(self):
         return ()

@@ -1,0 +1,158 @@
+"""What is told before any model is loaded: every mistake in one report, and what a run would be."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from anima_train_network import AnimaNetworkTrainer, main
+from library.training import machine
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
+
+
+def test_all_mistakes_stand_in_one_report(config, tiny_anima, tmp_path, capsys):
+    """One each of the settings, the model's files, the network, the optimizer, the schedule and the pictures."""
+    shutil.copytree(tiny_anima / "train", tmp_path / "train")
+    (tmp_path / "train" / "10_subject" / "broken.png").write_bytes(b"no picture")
+    words = config(
+        train_data_dir=tmp_path / "train",
+        vae=tiny_anima / "anima.safetensors",
+        t5_tokenizer_dir=tmp_path,
+        auto_download_t5_tokenizer=False,
+        sample_at_first=True,
+        optimizer_args=["beta=1"],
+        network_args=["target_modules=query"],
+        xformers=True,
+        anima_attention_backend="flash",
+        initial_step=2,
+        network_weights=tmp_path / "gone.safetensors",
+    )
+    assert main(words) == 1
+    error = capsys.readouterr().err.partition("error: ")[2]
+    for part in (
+        "sample_at_first needs sample_prompts",
+        "optimizer_args: AdamW takes no 'beta'",
+        "these choose flash and xformers for attention; keep one of them",
+        "gone.safetensors",
+        "was given as a Qwen-Image VAE, and looks like an Anima",
+        "spiece.model",
+        "1 pictures cannot be read",
+    ):
+        assert error.count(part) == 1, part
+
+
+def test_mistakes_of_network_files_and_length_are_told_together(config, tiny_anima, capsys):
+    words = config(
+        network_args=["target_modules=query"], qwen=tiny_anima / "qwen3", initial_step=2, mixed_precision="bf16"
+    )
+    assert main(words) == 1
+    error = capsys.readouterr().err.partition("error: ")[2].strip()
+    assert "'query' matches nothing" in error.splitlines()[0]
+    assert error.splitlines()[1] == (
+        "initial_step: the run would start at step 2, and ends at step 2: lower it, or raise max_train_steps or "
+        "max_train_epochs, which count from the very beginning"
+    )
+
+
+def test_a_dry_run_says_what_the_run_would_be(config, tmp_path, capsys):
+    """12 steps an epoch; saved after steps 10 and 20 and after epoch 1, and at the end."""
+    words = config(
+        dry_run=True, max_train_epochs=2, save_every_n_steps=10, save_every_n_epochs=1, save_state_on_train_end=True
+    )
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert "dry run: nothing is wrong" in told
+    assert "model: 2 blocks, attention torch, gradient checkpointing off" in told
+    assert "device: CPU, 1 process(es), model in float32" in told
+    assert "length: 24 steps of 12 an epoch, from 4 pictures" in told
+    assert "files: 4 adapters of 0.1 MiB, 1 states of up to 0.2 MiB" in told
+    assert list((tmp_path / "output").iterdir()) == []
+
+
+def test_the_planned_sizes_are_those_of_the_files(config, tmp_path, monkeypatch):
+    """But for names and metadata, which take some 20 KB whatever the network."""
+    plans = []
+    plan_run = AnimaNetworkTrainer.plan_run
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        AnimaNetworkTrainer, "plan_run", lambda self: plans.append((self, plan_run(self))) or plans[-1][1]
+    )
+    assert main(config(network_dim=64, max_train_steps=1, save_state=True, save_precision="bf16")) == 0
+    trainer, plan = plans[-1]
+    files = trainer.files_of(plan)
+    assert (tmp_path / "output" / "tiny.safetensors").stat().st_size == pytest.approx(files.adapter_bytes, abs=40_000)
+    state = sum(file.stat().st_size for file in (tmp_path / "output" / "tiny-state").iterdir())
+    assert state == pytest.approx(files.state_bytes, abs=200_000)
+    assert files.adapter_bytes > 400_000 and files.state_bytes > 2_400_000
+
+
+def test_a_dry_run_finds_mistakes_as_well(config, capsys):
+    assert main(config(dry_run=True, network_args=["target_modules=query"])) == 1
+    assert "'query' matches nothing" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_before_the_run(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    assert main(config()) == 1
+    assert f"output_dir: {tmp_path / 'output'} needs about 0.1 MiB" in capsys.readouterr().err
+
+
+def test_a_cpu_is_warned_of_and_xformers_falls_back(config, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "xformers", None)
+    assert main(config(dry_run=True, xformers=True)) == 0
+    told = capsys.readouterr().err
+    assert "warning: training on the CPU, which takes days for a real model" in told
+    assert "warning: attention xformers does not work here, so torch's is used" in told
+    assert "attention torch" in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [({"full_bf16": True}, "bfloat16"), ({"full_fp16": True}, "float16"), ({"mixed_precision": "bf16"}, "bfloat16")],
+)
+def test_the_models_precision(config, capsys, settings, dtype):
+    assert main(config(dry_run=True, **settings)) == 0
+    assert f"model in {dtype}\n" in capsys.readouterr().err
+
+
+class OldCard:
+    """A card of the Turing generation, or another."""
+
+    def __init__(self, monkeypatch, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.version, "hip", None)
+
+
+def test_a_card_without_bf16_is_told_to_use_fp16(monkeypatch):
+    OldCard(monkeypatch, (7, 5))
+    run = machine.RunSettings(mixed_precision="bf16")
+    with pytest.raises(machine.UserError) as caught:
+        machine.check_device(run, torch.device("cuda"))
+    assert str(caught.value) == (
+        'mixed_precision: NVIDIA GeForce RTX 2080 cannot compute in bf16; set mixed_precision = "fp16"'
+    )
+    with pytest.raises(machine.UserError, match=r"^full_bf16: "):
+        machine.check_device(machine.RunSettings(full_bf16=True), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_card_that_this_pytorch_cannot_use_is_told(monkeypatch, precision):
+    OldCard(monkeypatch, (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+
+    def no_kernel(*arguments, **keywords):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+    monkeypatch.setattr(torch, "ones", no_kernel)
+    with pytest.raises(
+        machine.UserError, match=r"built for sm_80, sm_90: CUDA error: no kernel image .* device\. Free"
+    ):
+        machine.check_device(machine.RunSettings(mixed_precision=precision), torch.device("cuda"))
