@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -47,13 +48,14 @@ def identity_of(module: nn.Module) -> str:
 class TensorCache:
     """The entries of a folder.
 
-    limit: bytes that the folder may hold; those unused for longest make room for new ones. Without a limit `write` may
-    be called from several threads.
+    limit: bytes that the folder may hold; those unused for longest make room for new ones. Several threads may read and
+    write at once.
     """
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
         self.folder = folder
         self._limit = limit
+        self._lock = threading.Lock()
         self._sizes = None if limit is None else self._sizes_by_age()
 
     def read(self, key: str) -> dict[str, torch.Tensor] | None:
@@ -67,9 +69,7 @@ class TensorCache:
             tensors = load(data)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-        if self._sizes is not None:
-            self._sizes[key] = len(data)
-            self._sizes.move_to_end(key)
+        self._count(key, len(data))
         return tensors
 
     def holds(self, key: str) -> bool:
@@ -90,12 +90,8 @@ class TensorCache:
         content = save(plain)
         checksum = _checksum(content[_header(content)[1] :])
         data = save(plain, {"key": key, "checksum": checksum})
-        if self._sizes is not None:
-            self._sizes.pop(key, None)
-            self._make_room(len(data))
+        self._count(key, len(data))
         write_atomically(self._path(key), lambda file: file.write_bytes(data))
-        if self._sizes is not None:
-            self._sizes[key] = len(data)
 
     def keys(self) -> set[str]:
         """The keys of all files that are there, whole or not."""
@@ -123,12 +119,18 @@ class TensorCache:
         found = sorted((entry.stat().st_mtime_ns, entry.name, entry.stat().st_size) for entry in self._files())
         return OrderedDict((name.removesuffix(_ENDING), size) for _, name, size in found)
 
-    def _make_room(self, size: int) -> None:
-        total = sum(self._sizes.values()) + size
-        while self._sizes and total > self._limit:
-            key, freed = self._sizes.popitem(last=False)
-            self.remove(key)
-            total -= freed
+    def _count(self, key: str, size: int) -> None:
+        """Notes that an entry is used, or about to be written, and makes room for it."""
+        if self._sizes is None:
+            return
+        with self._lock:
+            self._sizes.pop(key, None)
+            total = sum(self._sizes.values()) + size
+            while self._sizes and total > self._limit:
+                oldest, freed = self._sizes.popitem(last=False)
+                self.remove(oldest)
+                total -= freed
+            self._sizes[key] = size
 
 
 def _header(data: bytes) -> tuple[dict[str, dict], int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 # To be raised when captions are encoded, or kept, in another form.
 _VERSION = "text 1"
+# Threads that write, each waiting for the disk most of the time.
+_WRITERS = 4
 
 # A frozen dataclass of tensors: CaptionStates or CaptionContext.
 Encoded = TypeVar("Encoded")
@@ -51,7 +54,8 @@ class TextCache(Generic[Encoded]):
         self._identity = identity
         self._kept: OrderedDict[str, Encoded] = OrderedDict()
         self._size = 0
-        self._is_writable = True
+        self._writers = None if files is None else ThreadPoolExecutor(_WRITERS)
+        self._writing: list[Future[None]] = []
 
     def encode(self, captions: Sequence[str]) -> list[Encoded]:
         """What each caption becomes, on the CPU; the unknown ones are encoded together."""
@@ -64,7 +68,7 @@ class TextCache(Generic[Encoded]):
         if unknown:
             for caption, encoded in zip(unknown, self._encoder.encode(unknown), strict=True):
                 results[caption] = self._kind(**{name: tensor.cpu() for name, tensor in vars(encoded).items()})
-                self._write(caption, results[caption])
+            self._write({caption: results[caption] for caption in unknown})
         for caption, encoded in results.items():
             self._keep(caption, encoded)
         return [results[caption] for caption in captions]
@@ -82,14 +86,23 @@ class TextCache(Generic[Encoded]):
         tensors = None if self._files is None else self._files.read(self._key(caption))
         return None if tensors is None else self._kind(**tensors)
 
-    def _write(self, caption: str, encoded: Encoded) -> None:
-        """A disk that is full or gone ends the writing, not the run."""
-        if self._files is None or not self._is_writable:
-            return
+    def _write(self, results: Mapping[str, Encoded]) -> None:
+        """Begins to write; waits only for what an earlier call began, so that memory holds no more than that."""
+        self.finish_writing()
+        if self._writers is not None:
+            self._writing = [
+                self._writers.submit(self._files.write, self._key(caption), vars(encoded))
+                for caption, encoded in results.items()
+            ]
+
+    def finish_writing(self) -> None:
+        """Waits until what was encoded is on disk. A disk that is full or gone ends the writing, not the run."""
+        writing, self._writing = self._writing, []
         try:
-            self._files.write(self._key(caption), vars(encoded))
+            for written in writing:
+                written.result()
         except OSError as error:
-            self._is_writable = False
+            self._writers = None
             logger.warning(
                 "no more encoded captions are kept in %s (%s); this run goes on with those in memory",
                 self._files.folder, error.strerror,

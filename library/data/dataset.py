@@ -1,10 +1,12 @@
-"""Batches for training: the epoch's plan, loaded in order, with or without loading processes."""
+"""Batches for training: the epoch's plan, loaded in order by threads or processes while training goes on."""
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,14 @@ from library.data.pixels import load_pixels
 from library.randomness import python_random
 
 logger = logging.getLogger(__name__)
+
+# What is loaded beside training, for each process: 48 MiB a batch of 4 pictures of 1024x1024.
+_BATCHES_AHEAD = 4
+# Captions announced at once: enough for the text encoder to work in full batches, and to visit the GPU rarely.
+_CAPTIONS_AHEAD = 512
+
+# (epoch, planned batch)
+_Entry = tuple[int, BatchPlan]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class TrainingBatches:
     """Loads epochs step by step; what an epoch holds depends only on (seed, epoch), not on workers or earlier epochs.
 
     batch_sizes: one per dataset. latents: the cache, if pictures are not to be loaded again. workers: loading
-    processes; none are started for cached latents, which need no loading. persistent_workers keeps them between epochs.
+    processes; without them, and for cached latents, threads load ahead of training. persistent_workers keeps the
+    processes between epochs. announce: called now and then with the captions of the next steps, before those come.
     """
 
     def __init__(
@@ -70,6 +81,7 @@ class TrainingBatches:
         latents: LatentCache | None = None,
         workers: int = 0,
         persistent_workers: bool = False,
+        announce: Callable[[list[str]], None] | None = None,
     ) -> None:
         self._pictures = pictures
         self._batch_sizes = batch_sizes
@@ -77,29 +89,66 @@ class TrainingBatches:
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
+        self._announce = announce
+        self._dataset = _BatchDataset(pictures, seed, latents)
         self._sampler = _PlanSampler()
         if workers and latents is not None:
             logger.info("latents are cached, so no loading processes are started (max_data_loader_n_workers)")
             workers = 0
-        self._loader = DataLoader(
-            _BatchDataset(pictures, seed, latents),
-            batch_size=None,  # the sampler's entries are whole batches
-            sampler=self._sampler,
-            num_workers=workers,
-            persistent_workers=persistent_workers and workers > 0,
-            worker_init_fn=_leave_ctrl_c_to_the_main_process,
-            generator=torch.Generator(),  # or the loader would draw from the global one
-        )
+        self._loader = None
+        if workers:
+            self._loader = DataLoader(
+                self._dataset,
+                batch_size=None,  # the sampler's entries are whole batches
+                sampler=self._sampler,
+                num_workers=workers,
+                persistent_workers=persistent_workers,
+                worker_init_fn=_leave_ctrl_c_to_the_main_process,
+                generator=torch.Generator(),  # or the loader would draw from the global one
+            )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepBatches]:
         """The epoch's steps from `first_step` on; skipped steps are not loaded."""
         plan = plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
         steps = plan[first_step:]
-        self._sampler.entries = [(epoch, batch) for step in steps for batch in step.batches_of_rank[self._rank]]
-        loaded = iter(self._loader)
-        for step in steps:
-            batches = [next(loaded) for _ in step.batches_of_rank[self._rank]]
-            yield StepBatches(batches, step.sample_count)
+        own = [[(epoch, batch) for batch in step.batches_of_rank[self._rank]] for step in steps]
+        self._sampler.entries = [entry for entries in own for entry in entries]
+        loaded = _loaded_ahead(self._dataset, self._sampler.entries) if self._loader is None else iter(self._loader)
+        announced = 0
+        for number, (step, entries) in enumerate(zip(steps, own, strict=True)):
+            if self._announce is not None and number == announced:
+                announced = self._announce_from(number, own)
+            yield StepBatches([next(loaded) for _ in entries], step.sample_count)
+
+    def captions(self, epoch: int) -> list[str]:
+        """All captions that this rank meets in an epoch, in order."""
+        plan = plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
+        batches = [batch for step in plan for batch in step.batches_of_rank[self._rank]]
+        return [caption for batch in batches for caption in self._dataset.captions((epoch, batch))]
+
+    def _announce_from(self, first: int, steps: Sequence[Sequence[_Entry]]) -> int:
+        """Announces the captions of some steps, and returns the step to go on from."""
+        captions, number = [], first
+        while number < len(steps) and len(captions) < _CAPTIONS_AHEAD:
+            captions += [caption for entry in steps[number] for caption in self._dataset.captions(entry)]
+            number += 1
+        self._announce(captions)
+        return number
+
+
+def _loaded_ahead(dataset: _BatchDataset, entries: Sequence[_Entry]) -> Iterator[Batch]:
+    """The batches in order; while one is trained, threads load the next. Decoding and reading leave Python's lock."""
+    pool = ThreadPoolExecutor(_BATCHES_AHEAD)
+    try:
+        waiting: deque[Future[Batch]] = deque()
+        for entry in entries:
+            waiting.append(pool.submit(dataset.__getitem__, entry))
+            if len(waiting) > _BATCHES_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
@@ -107,13 +156,13 @@ def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _PlanSampler(Sampler[tuple[int, BatchPlan]]):
+class _PlanSampler(Sampler[_Entry]):
     """Hands out the entries it was last given: persistent workers live on while the epoch's plan is replaced."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[int, BatchPlan]] = []
+        self.entries: list[_Entry] = []
 
-    def __iter__(self) -> Iterator[tuple[int, BatchPlan]]:
+    def __iter__(self) -> Iterator[_Entry]:
         return iter(self.entries)
 
     def __len__(self) -> int:
@@ -128,14 +177,14 @@ class _BatchDataset(Dataset[Batch]):
         self._seed = seed
         self._latents = latents
 
-    def __getitem__(self, entry: tuple[int, BatchPlan]) -> Batch:
+    def __getitem__(self, entry: _Entry) -> Batch:
         epoch, plan = entry
         pictures = [self._pictures[item.picture] for item in plan.items]
         images = torch.stack([self._image(item, epoch) for item in plan.items])
         return Batch(
             pixels_BCHW=images if self._latents is None else None,
             latents_BCTHW=images if self._latents is not None else None,
-            captions=[self._caption(item, epoch) for item in plan.items],
+            captions=self.captions(entry),
             keys=[(epoch, picture.key, item.repeat) for picture, item in zip(pictures, plan.items, strict=True)],
             paths=[picture.path for picture in pictures],
             bucket=pictures[0].bucket,
@@ -152,6 +201,11 @@ class _BatchDataset(Dataset[Batch]):
         if self._latents is not None:
             return self._latents[picture.key, flipped]
         return load_pixels(picture.path, picture.bucket, flipped)
+
+    def captions(self, entry: _Entry) -> list[str]:
+        """The batch's captions, without loading it."""
+        epoch, plan = entry
+        return [self._caption(item, epoch) for item in plan.items]
 
     def _caption(self, item: Item, epoch: int) -> str:
         picture = self._pictures[item.picture]

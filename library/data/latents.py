@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,7 +80,8 @@ def cache_latents_to_disk(
     there = are_there([file_of[view.key] for view in share], skip_check)
     wanted = [view for view, is_there in zip(share, there, strict=True) if not is_there]
     logger.info("latents on disk: %d of %d found", len(share) - len(wanted), len(share))
-    with ThreadPoolExecutor(4) as savers, progress_bar(len(wanted), "caching latents", shown=show_progress) as bar:
+    shown, started = show_progress and len(wanted) > 0, time.perf_counter()
+    with ThreadPoolExecutor(4) as savers, progress_bar(len(wanted), "caching latents", shown=shown) as bar:
         saving = deque()
         for batch, latents_BCTHW in _encoded(wanted, encode, batch_size):
             saving.append(
@@ -93,6 +95,9 @@ def cache_latents_to_disk(
             bar.update(len(batch))
         while saving:
             _finish(saving.popleft())
+    if wanted:
+        seconds = time.perf_counter() - started
+        logger.info("encoded %d in %.1f s: %.2f pictures a second", len(wanted), seconds, len(wanted) / seconds)
     team.gather([])  # everyone's files are there
     return LatentsOnDisk(located, encode)
 

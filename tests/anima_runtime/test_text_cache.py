@@ -109,6 +109,7 @@ def test_cached_equals_uncached_bit_for_bit(models, tmp_path, kind):
     for start in range(0, len(texts), 4):
         first.encode(texts[start : start + 4])
     assert equal(first.encode(texts), fresh)
+    first.finish_writing()
 
     class Refusing:
         def encode(self, captions):
@@ -122,7 +123,9 @@ def test_another_model_or_a_changed_caption_finds_nothing(tmp_path):
     files = TensorCache(tmp_path, PLENTY)
     for identity, text, expected in (("a", "x", 1), ("a", "x", 0), ("b", "x", 1), ("a", "x ", 1), ("a", "X", 1)):
         inner = CountingEncoder()
-        TextCache(inner, CaptionStates, PLENTY, files, identity).encode([text])
+        cache = TextCache(inner, CaptionStates, PLENTY, files, identity)
+        cache.encode([text])
+        cache.finish_writing()
         assert len(inner.asked) == expected, (identity, text)
 
 
@@ -142,7 +145,9 @@ def test_the_identity_follows_weights_and_tokenizers(models, tiny_anima):
 
 
 def test_damaged_files_are_encoded_anew(tmp_path):
-    TextCache(CountingEncoder(), CaptionStates, PLENTY, TensorCache(tmp_path, PLENTY), "a").encode(["cat", "dog"])
+    cache = TextCache(CountingEncoder(), CaptionStates, PLENTY, TensorCache(tmp_path, PLENTY), "a")
+    cache.encode(["cat", "dog"])
+    cache.finish_writing()
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-3])
     inner = CountingEncoder()
@@ -173,5 +178,6 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(tmp_path, monkeypatch, cap
     cache = TextCache(inner, CaptionStates, PLENTY, TensorCache(tmp_path, PLENTY), "a")
     assert [int(states.t5_ids) for states in cache.encode(["cat", "horse"])] == [3, 5]
     cache.encode(["cat", "horse", "a"])
+    cache.finish_writing()
     assert inner.asked == [["cat", "horse"], ["a"]]
     assert caplog.text.count("No space left on device") == 1

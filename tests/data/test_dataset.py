@@ -6,11 +6,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import time
 from collections import Counter
 
 import pytest
 import torch
 
+from library.data import dataset
 from library.data.dataset import TrainingBatches, _BatchDataset
 from library.data.epochs import BatchPlan, Item
 from library.data.latents import cache_latents
@@ -161,3 +163,39 @@ def test_a_picture_that_went_missing_is_named(pictures):
     pictures[0].path.unlink()
     with pytest.raises(Exception, match=r"p0\.png cannot be read"):
         list(TrainingBatches(pictures, [2], seed=1).epoch(0))
+
+
+def test_threads_load_the_next_batches_while_one_is_trained(pictures, monkeypatch):
+    """Without loading processes: some batches ahead and not the whole epoch."""
+    load, loaded = _BatchDataset.__getitem__, []
+    monkeypatch.setattr(_BatchDataset, "__getitem__", lambda self, entry: loaded.append(entry) or load(self, entry))
+    steps = TrainingBatches(pictures, [1], seed=1).epoch(0)
+    next(steps)
+    deadline = time.monotonic() + 20
+    while len(loaded) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(loaded) == 5
+    steps.close()
+    assert len(loaded) <= 6
+
+
+def test_captions_are_announced_before_their_steps(pictures, monkeypatch):
+    monkeypatch.setattr(dataset, "_CAPTIONS_AHEAD", 5)
+    announced, used = [], []
+    loader = TrainingBatches(pictures, [2], seed=1, accumulation=2, announce=announced.append)
+    for step in loader.epoch(3, first_step=1):
+        used += [caption for batch in step.batches for caption in batch.captions]
+        assert [caption for captions in announced for caption in captions][: len(used)] == used
+        assert len(announced[-1]) <= 8  # 5, rounded up to whole steps
+    assert [caption for captions in announced for caption in captions] == used
+    assert 1 < len(announced) < 4
+    everything = loader.captions(3)
+    assert everything[-len(used) :] == used and len(everything) == 14
+
+
+def test_each_rank_announces_its_own_captions(pictures):
+    announced = [[], []]
+    for rank in (0, 1):
+        loader = TrainingBatches(pictures, [2], 1, rank=rank, world_size=2, announce=announced[rank].extend)
+        used = [caption for step in loader.epoch(0) for batch in step.batches for caption in batch.captions]
+        assert announced[rank] == used == loader.captions(0)

@@ -1,0 +1,101 @@
+"""Encodes a run's pictures and captions ahead of time, with the run's own settings. Trains nothing.
+
+    python tools/cache_dataset.py --config_file my.toml [--dataset_config data.toml] [--epochs 3] [other settings]
+
+Training then finds them where cache_latents_to_disk and cache_text_encoder_outputs_to_disk are set. `accelerate launch`
+before it shares the work among GPUs. Captions that are shuffled or dropped differ from epoch to epoch; --epochs says
+of how many epochs they are encoded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from anima_train_network import AnimaNetworkTrainer
+from library.console import progress_bar, show, show_error, show_log_messages
+from library.data.dataset import TrainingBatches
+from library.errors import UserError
+from library.settings import Settings, settings_and_problems
+from train_network import RunPlan
+
+# Captions encoded, and written, at once.
+_CAPTIONS = 512
+
+logger = logging.getLogger("tools.cache_dataset")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 1 after an error was shown."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--epochs", type=int, default=1, help="epochs whose captions are encoded; 0 for none")
+    parser.add_argument("--no_latents", action="store_true", help="encode captions only")
+    own, words = parser.parse_known_args(argv)
+    accelerator = Accelerator(mixed_precision="no")
+    show_log_messages(accelerator.is_main_process)
+    try:
+        settings, problems = settings_and_problems(words)
+        trainer = AnimaNetworkTrainer(_cached_to_disk(settings), accelerator, problems)
+        plan = trainer.plan_run()
+        set_seed(settings.run.seed)
+        trainer.load_and_attach(plan)
+        if not own.no_latents:
+            _cache_pictures(trainer, plan)
+        if own.epochs > 0:
+            _cache_captions(trainer, plan, own.epochs)
+    except UserError as error:
+        if accelerator.is_main_process:
+            show_error(error)
+        return 1
+    return 0
+
+
+def _cached_to_disk(settings: Settings) -> Settings:
+    """The settings with both caches on disk; says where a run with these settings would not use them."""
+    wanted = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
+    for name in wanted:
+        if not getattr(settings.data, name):
+            logger.warning("%s is off in these settings: set it for the run, or it will not use what is made now", name)
+    return replace(settings, data=replace(settings.data, **wanted))
+
+
+def _cache_pictures(trainer: AnimaNetworkTrainer, plan: RunPlan) -> None:
+    started = time.perf_counter()
+    latents = trainer.cached_latents(plan.pictures)
+    if trainer.accelerator.is_main_process:
+        show(f"pictures: {len(latents)} latents ready in {time.perf_counter() - started:.1f} s")
+
+
+def _cache_captions(trainer: AnimaNetworkTrainer, plan: RunPlan, epochs: int) -> None:
+    accelerator, settings = trainer.accelerator, trainer.settings
+    batches = TrainingBatches(
+        plan.pictures, trainer.batch_sizes, settings.run.seed,
+        accumulation=settings.run.gradient_accumulation_steps,
+        rank=accelerator.process_index, world_size=accelerator.num_processes,
+    )  # fmt: skip
+    captions = list(dict.fromkeys(caption for epoch in range(epochs) for caption in batches.captions(epoch)))
+    started = time.perf_counter()
+    with progress_bar(len(captions), "caching captions", shown=accelerator.is_main_process) as bar:
+        for start in range(0, len(captions), _CAPTIONS):
+            some = captions[start : start + _CAPTIONS]
+            trainer.encode_ahead(some)
+            bar.update(len(some))
+    trainer.captions.finish_writing()
+    if accelerator.is_main_process:
+        seconds = time.perf_counter() - started
+        show(f"captions: {len(captions)} ready in {seconds:.1f} s, {len(captions) / seconds:.1f} a second")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
