@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from anima_train_network import AnimaNetworkTrainer
+from library.training.run import RunSettings
 
 accelerator = Accelerator(cpu=True)
-trainer = AnimaNetworkTrainer(SimpleNamespace(run=SimpleNamespace(mixed_precision="no")), accelerator)
+trainer = AnimaNetworkTrainer(SimpleNamespace(run=RunSettings()), accelerator)
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
 trainer.sum_over_processes(gradients)
