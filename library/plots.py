@@ -41,6 +41,7 @@ def _labelled_axes(title: str, x_label: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel=x_label)
     axes.grid(alpha=0.3)
+    axes.ticklabel_format(scilimits=(-3, 5))
     return figure, axes
 
 

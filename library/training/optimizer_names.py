@@ -86,8 +86,8 @@ def _of_torch(name: str) -> type[torch.optim.Optimizer]:
     }
     if _plain(name) not in classes:
         raise SettingError(
-            f"optimizer_type: {name!r} is not known{did_you_mean(name, OPTIMIZER_NAMES)}. "
-            f"Give one of {', '.join(OPTIMIZER_NAMES)}, a class of torch.optim, or package.module.Class"
+            f"optimizer_type: {name!r} is not known{did_you_mean(name, OPTIMIZER_NAMES)} (There are "
+            f"{', '.join(OPTIMIZER_NAMES)}, the classes of torch.optim, and package.module.Class.)"
         )
     return classes[_plain(name)]
 
