@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from library.data.augment import Variant, draw_variant, load_variant
 from library.data.captions import final_caption
 from library.data.epochs import BatchPlan, Item, plan_epoch
 from library.data.latents import LatentCache
+from library.data.masks import is_masked, load_loss_weights
 from library.data.pictures import Picture
-from library.data.pixels import load_pixels
-from library.randomness import python_random
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ class Batch:
     bucket: (width, height) in pixels. counted: False if its loss must not count (see `BatchPlan`).
     loss_weights: what each sample's loss is multiplied by, float32 [B].
     timestep_offsets: by how many thousandths each sample's timestep is moved.
+    loss_mask_B1HW: what the loss of each latent is multiplied by, float32, on their grid; see `library.data.masks`.
+        None where no picture of the run is masked.
     """
 
     pixels_BCHW: torch.Tensor | None
@@ -51,6 +53,7 @@ class Batch:
     counted: bool
     loss_weights: torch.Tensor
     timestep_offsets: list[int]
+    loss_mask_B1HW: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -176,11 +179,16 @@ class _BatchDataset(Dataset[Batch]):
         self._pictures = pictures
         self._seed = seed
         self._latents = latents
+        self._is_masked = any(map(is_masked, pictures))
 
     def __getitem__(self, entry: _Entry) -> Batch:
         epoch, plan = entry
         pictures = [self._pictures[item.picture] for item in plan.items]
-        images = torch.stack([self._image(item, epoch) for item in plan.items])
+        variants = [
+            draw_variant(picture, self._seed, epoch, item.repeat)
+            for picture, item in zip(pictures, plan.items, strict=True)
+        ]
+        images = torch.stack(list(map(self._image, pictures, variants)))
         return Batch(
             pixels_BCHW=images if self._latents is None else None,
             latents_BCTHW=images if self._latents is not None else None,
@@ -189,18 +197,16 @@ class _BatchDataset(Dataset[Batch]):
             paths=[picture.path for picture in pictures],
             bucket=pictures[0].bucket,
             counted=plan.counted,
-            loss_weights=torch.ones(len(pictures)),
+            loss_weights=torch.tensor([_prior_weight(picture) for picture in pictures]),
             timestep_offsets=[picture.subset.timestep_offset for picture in pictures],
+            loss_mask_B1HW=torch.stack(list(map(load_loss_weights, pictures, variants))) if self._is_masked else None,
         )
 
-    def _image(self, item: Item, epoch: int) -> torch.Tensor:
+    def _image(self, picture: Picture, variant: Variant) -> torch.Tensor:
         """pixels_CHW, or the cached latents_CTHW."""
-        picture = self._pictures[item.picture]
-        random = python_random(self._seed, "flip", epoch, picture.key, item.repeat)
-        flipped = picture.subset.flip_aug and random.random() < 0.5
         if self._latents is not None:
-            return self._latents[picture.key, flipped]
-        return load_pixels(picture.path, picture.bucket, flipped)
+            return self._latents[picture.key, variant.flipped]
+        return load_variant(picture, variant)
 
     def captions(self, entry: _Entry) -> list[str]:
         """The batch's captions, without loading it."""
@@ -210,3 +216,7 @@ class _BatchDataset(Dataset[Batch]):
     def _caption(self, item: Item, epoch: int) -> str:
         picture = self._pictures[item.picture]
         return final_caption(picture.caption, picture.subset, self._seed, epoch, picture.key, item.repeat)
+
+
+def _prior_weight(picture: Picture) -> float:
+    return picture.subset.prior_loss_weight if picture.subset.is_reg else 1.0

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from library.data.settings import SubsetSettings
 from library.errors import DataError
 
-# A file with one of these endings counts as a picture even where Pillow lacks its reader (.jxl needs a plugin): it is
-# then reported as unreadable instead of being left out unnoticed.
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")
+logger = logging.getLogger(__name__)
+
+# A file with one of these endings counts as a picture even where Pillow lacks its reader (.jxl and .heic need plugins):
+# it is then reported as unreadable instead of being left out unnoticed.
+PICTURE_ENDINGS = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jxl", ".heic", ".heif"
+)  # fmt: skip
+# Pictures in the form their programs and cameras keep them: not trained, and said so.
+_SOURCE_ENDINGS = (
+    ".psd", ".psb", ".clip", ".xcf", ".kra", ".sai", ".sai2", ".svg", ".ai", ".eps", ".tga", ".ico", ".jp2", ".exr",
+    ".hdr", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".apng", ".pdf",
+)  # fmt: skip
 
 
 def pictures_in(folder: Path) -> list[Path]:
     """The folder's own pictures, sorted by name; hidden files do not count. A missing folder raises DataError."""
     if not folder.is_dir():
         raise DataError(f"picture folder {folder} does not exist: correct image_dir or train_data_dir")
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file()
-    )
+    return sorted(path for path in _files(folder) if path.suffix.lower() in PICTURE_ENDINGS)
+
+
+def warn_of_unread(folders: Iterable[Path]) -> None:
+    """Names the files in these folders that hold pictures of kinds that are not read."""
+    for folder in dict.fromkeys(folders):
+        kinds = Counter(path.suffix.lower() for path in _files(folder) if path.suffix.lower() in _SOURCE_ENDINGS)
+        if kinds:
+            counted = ", ".join(f"{count} {ending}" for ending, count in sorted(kinds.items()))
+            logger.warning("%s: files of kinds that are not read are left out (%s): save them as .png", folder, counted)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        yield from (folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file())
 
 
 def find_subsets(root: Path, common: SubsetSettings) -> tuple[SubsetSettings, ...]:
@@ -33,9 +54,12 @@ def find_subsets(root: Path, common: SubsetSettings) -> tuple[SubsetSettings, ..
     A folder named like '10_subject' repeats its pictures 10 times, and 'subject' is the caption of those without a
     caption file unless `common` sets class_tokens; everything else is as in `common`. DataError: no picture anywhere.
     """
-    subsets = tuple(_subset(folder, common) for folder in _folders(root) if pictures_in(folder))
+    folders = list(_folders(root))
+    subsets = tuple(_subset(folder, common) for folder in folders if pictures_in(folder))
     if not subsets:
         raise DataError(f"no pictures in {root} or the folders below it (looked for {', '.join(PICTURE_ENDINGS)})")
+    with_pictures = {subset.image_dir for subset in subsets}
+    warn_of_unread(folder for folder in folders if folder not in with_pictures)
     return subsets
 
 

@@ -17,6 +17,8 @@ from library.tensor_cache import TensorCache, cache_key
 CACHE_FOLDER = ".anima_cache"
 # To be raised when pixels are made in another way, or latents kept in another form.
 _VERSION = "latents 1"
+# Files that a thread looks into at a time; handing over each alone takes as long as looking.
+_OPENED = 256
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,10 @@ class LatentFiles:
 
     def _key(self, view: View, content: str) -> str:
         width, height = view.picture.bucket
-        return cache_key(_VERSION, self.encoder, content, f"{width}x{height}", "flipped" if view.flipped else "")
+        scaling = view.picture.subset.resize_interpolation or ""
+        return cache_key(
+            _VERSION, self.encoder, content, f"{width}x{height}", "flipped" if view.flipped else "", scaling
+        )
 
 
 def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:
@@ -85,8 +90,10 @@ def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:
     if by_name:
         keys = {cache: cache.keys() for cache in {file.cache for file in files}}
         return [file.key in keys[file.cache] for file in files]
+    parts = [files[start : start + _OPENED] for start in range(0, len(files), _OPENED)]
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda file: file.cache.holds(file.key), files))
+        whole = pool.map(lambda part: [file.cache.holds(file.key) for file in part], parts)
+        return [is_whole for part in whole for is_whole in part]
 
 
 def cache_folder(pictures: Path, cache_dir: Path | None) -> Path:

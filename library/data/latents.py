@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from library.console import progress_bar
+from library.data.augment import Variant, load_variant
 from library.data.latent_files import LatentFile, LatentFiles, View, are_there
 from library.data.picture_hashes import cannot_write
 from library.data.pictures import Picture
-from library.data.pixels import load_pixels
 from library.data.team import ALONE, Team
 
 logger = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ def _finished(views: list[View], loading: Sequence[Future[torch.Tensor]]) -> tup
 
 
 def _pixels(view: View) -> torch.Tensor:
-    return load_pixels(view.picture.path, view.picture.bucket, view.flipped)
+    return load_variant(view.picture, Variant(view.flipped))
 
 
 def _save(file: LatentFile, latents_CTHW: torch.Tensor) -> None:

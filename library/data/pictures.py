@@ -1,32 +1,37 @@
-"""Which pictures a run trains on: found, read through once, captioned and put into buckets before any model loads."""
+"""Which pictures a run trains on: found, measured, captioned and put into buckets before any model loads."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from library.console import progress_bar
 from library.data.buckets import bucket_sizes, choose_bucket
-from library.data.captions import read_caption_lines
-from library.data.folders import PICTURE_ENDINGS, pictures_in
-from library.data.pixels import read_size
+from library.data.headers import PictureHeader, read_header
 from library.data.settings import DatasetSettings, SubsetSettings
-from library.errors import DataError, first_ten
+from library.data.sources import Source, find_sources, listed
+from library.errors import DataError
 
 logger = logging.getLogger(__name__)
+
+# A mask may be of another size than its picture, but of no other shape: widths over heights differ by this at most.
+_MASK_SHAPE = 0.02
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of one subset.
+    """One picture of one subset at one size.
 
-    key: "dataset/subset/file name"; random choices follow from it, so it holds nothing that depends on the machine.
-    caption: the first line of the caption file, else class_tokens, else "".
+    key: "dataset/subset/file name", with "@768x768" where the dataset trains at several resolutions; random choices
+    follow from it, so it holds nothing that depends on the machine.
+    caption: the first line of the caption file or that of the metadata file, else class_tokens, else "".
     size, bucket: (width, height) in pixels, of the upright picture and of what is trained.
-    dataset: which dataset it belongs to, counted from 0.
+    dataset: which dataset it belongs to, counted from 0. mask: the file of its mask.
+    extra_repeats: how often an epoch shows it beyond its subset's num_repeats.
     """
 
     key: str
@@ -36,123 +41,116 @@ class Picture:
     bucket: tuple[int, int]
     dataset: int
     subset: SubsetSettings
+    mask: Path | None = None
+    extra_repeats: int = 0
 
     @property
     def repeats(self) -> int:
         """How often an epoch shows it."""
-        return self.subset.num_repeats
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A picture file that was not opened yet."""
-
-    key: str
-    path: Path
-    dataset: int
-    subset: SubsetSettings
-
-    @property
-    def caption_path(self) -> Path:
-        return self.path.with_name(self.path.stem + self.subset.caption_extension)
+        return self.subset.num_repeats + self.extra_repeats
 
 
 def scan_datasets(
     datasets: Sequence[DatasetSettings], skip_broken: bool, show_progress: bool = True
 ) -> tuple[Picture, ...]:
-    """Every picture of every subset, in a fixed order (dataset, subset, file name).
+    """Every picture of every subset, in a fixed order (dataset, resolution, subset, file name).
 
-    Each picture is decoded once, so that a damaged file is found now rather than in the middle of training.
-    DataError: a folder is missing or holds no pictures; pictures are unreadable (all of them in one message, unless
-    skip_broken leaves them out with a warning); a caption file is not UTF-8. SettingError: see `bucket_sizes`.
+    Only the headers are read, and whether the files are whole; damage in the middle of a file is found when it is
+    trained. skip_broken: pictures are read whole, and the broken ones left out with a warning.
+    DataError: pictures are unreadable (all of them in one message); a mask is of another shape; what `find_sources`
+    says. SettingError: see `bucket_sizes`.
     """
-    buckets = [bucket_sizes(dataset) for dataset in datasets]
-    readable = _read_sizes(_find(datasets), skip_broken, show_progress)
-    captions = _read_captions([found for found, _ in readable])
-    return tuple(
-        Picture(
-            key=found.key,
-            path=found.path,
-            caption=caption,
-            size=size,
-            bucket=choose_bucket(size, buckets[found.dataset], datasets[found.dataset]),
-            dataset=found.dataset,
-            subset=found.subset,
-        )
-        for (found, size), caption in zip(readable, captions, strict=True)
+    at_sizes = [(index, each, size) for index, each in enumerate(datasets) for size in each.sizes]
+    buckets = [bucket_sizes(replace(dataset, resolution=size)) for _, dataset, size in at_sizes]
+    readable = _read_headers(find_sources(datasets), skip_broken, show_progress)
+    pictures: list[Picture] = []
+    for (index, dataset, size), own_buckets in zip(at_sizes, buckets, strict=True):
+        suffix = f"@{size[0]}x{size[1]}" if len(dataset.sizes) > 1 else ""
+        choose = cache(partial(choose_bucket, buckets=own_buckets, dataset=replace(dataset, resolution=size)))
+        own = [found for found in readable if found[0].dataset == index]
+        pictures += balance([_picture(source, own_size, choose(own_size), suffix) for source, own_size in own])
+    return tuple(pictures)
+
+
+def _picture(source: Source, size: tuple[int, int], bucket: tuple[int, int], key_suffix: str) -> Picture:
+    return Picture(
+        key=source.key + key_suffix,
+        path=source.path,
+        caption=source.caption if source.caption is not None else source.subset.class_tokens or "",
+        size=size,
+        bucket=bucket,
+        dataset=source.dataset,
+        subset=source.subset,
+        mask=source.mask,
     )
 
 
-def _find(datasets: Sequence[DatasetSettings]) -> list[_Found]:
-    found = []
-    for dataset_index, dataset in enumerate(datasets):
-        for subset_index, subset in enumerate(dataset.subsets):
-            paths = pictures_in(subset.image_dir)
-            if not paths:
-                raise DataError(
-                    f"no pictures directly in image_dir {subset.image_dir} (looked for {', '.join(PICTURE_ENDINGS)})"
-                )
-            place = f"{dataset_index}/{subset_index}"
-            found += [_Found(f"{place}/{path.name}", path, dataset_index, subset) for path in paths]
-    if not found:
-        raise DataError("there are no datasets with subsets: give train_data_dir or dataset_config")
-    return found
+def balance(pictures: Sequence[Picture]) -> list[Picture]:
+    """Regularisation pictures repeated, or the last of them left out, so that they are used as often as the others.
+
+    As Kohya's scripts do: they are taken in order with their own repeats until there are enough uses; where there are
+    too few, each in turn gets one more. Without other pictures nothing changes.
+    """
+    regular = [picture for picture in pictures if picture.subset.is_reg]
+    wanted = sum(picture.repeats for picture in pictures if not picture.subset.is_reg)
+    if not regular or not wanted:
+        return list(pictures)
+    taken: list[Picture] = []
+    while regular and wanted > 0:
+        taken.append(regular.pop(0))
+        wanted -= taken[-1].repeats
+    if regular:
+        names = listed([str(picture.path) for picture in regular])
+        logger.warning("%d regularisation pictures are more than needed, and are not used:\n%s", len(regular), names)
+    rounds, one_more = divmod(max(0, wanted), len(taken))
+    extra = {picture.key: rounds + (number < one_more) for number, picture in enumerate(taken)}
+    others = (picture for picture in pictures if not picture.subset.is_reg or picture.key in extra)
+    return [replace(picture, extra_repeats=extra.get(picture.key, 0)) for picture in others]
 
 
-def _read_sizes(
-    found: Sequence[_Found], skip_broken: bool, show_progress: bool
-) -> list[tuple[_Found, tuple[int, int]]]:
+def _read_headers(
+    sources: Sequence[Source], skip_broken: bool, show_progress: bool
+) -> list[tuple[Source, tuple[int, int]]]:
     """The pictures that can be read, with their sizes; Pillow decodes outside the GIL, so threads share the work."""
-    with ThreadPoolExecutor() as pool, progress_bar(len(found), "reading pictures", shown=show_progress) as bar:
-        sizes = []
-        for size in pool.map(_size_or_reason, [each.path for each in found]):
-            sizes.append(size)
+
+    def look_at(source: Source) -> PictureHeader | str:
+        try:
+            return _header(source, decode=skip_broken)
+        except DataError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool, progress_bar(len(sources), "reading pictures", shown=show_progress) as bar:
+        headers = []
+        for header in pool.map(look_at, sources):
+            headers.append(header)
             bar.update()
-    broken = [size for size in sizes if isinstance(size, str)]
+    broken = [header for header in headers if isinstance(header, str)]
     if broken and not skip_broken:
         advice = "repair or remove them, or set skip_broken_images = true to train without them"
-        raise DataError(f"{len(broken)} pictures cannot be read: {advice}\n{_listed(broken)}")
-    readable = [(each, size) for each, size in zip(found, sizes, strict=True) if not isinstance(size, str)]
-    if not readable:
-        raise DataError(f"none of the {len(found)} pictures can be read:\n{_listed(broken)}")
+        raise DataError(f"{len(broken)} pictures cannot be read: {advice}\n{listed(broken)}")
+    found = [(each, header) for each, header in zip(sources, headers, strict=True) if not isinstance(header, str)]
+    if not found:
+        raise DataError(f"none of the {len(sources)} pictures can be read:\n{listed(broken)}")
     if broken:
-        logger.warning("%d pictures cannot be read and are left out:\n%s", len(broken), _listed(broken))
-    return readable
+        logger.warning("%d pictures cannot be read and are left out:\n%s", len(broken), listed(broken))
+    animated = [str(source.path) for source, header in found if header.frames > 1]
+    if animated:
+        logger.warning(
+            "%d pictures have several frames or pages; the first is trained:\n%s", len(animated), listed(animated)
+        )
+    return [(source, header.size) for source, header in found]
 
 
-def _size_or_reason(path: Path) -> tuple[int, int] | str:
-    try:
-        return read_size(path)
-    except DataError as error:
-        return str(error)
-
-
-def _read_captions(found: Sequence[_Found]) -> list[str]:
-    captions, missing, cut, unreadable = [], [], [], []
-    for each in found:
-        if not each.caption_path.is_file():
-            missing.append(f"{each.path} (no {each.caption_path.name})")
-            captions.append(each.subset.class_tokens or "")
-            continue
-        try:
-            lines = read_caption_lines(each.caption_path)
-        except DataError as error:
-            unreadable.append(str(error))
-            continue
-        captions.append(lines[0] if lines else "")
-        if len(lines) > 1:
-            cut.append(str(each.caption_path))
-    if unreadable:
-        raise DataError(f"{len(unreadable)} caption files cannot be read:\n{_listed(unreadable)}")
-    _warn(missing, "pictures have no caption file; they get class_tokens, or an empty caption where that is not set")
-    _warn(cut, "caption files have several lines; only the first is used")
-    return captions
-
-
-def _warn(names: Sequence[str], what: str) -> None:
-    if names:
-        logger.warning("%d %s:\n%s", len(names), what, _listed(names))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "  " + first_ten(names, "\n  ")
+def _header(source: Source, decode: bool) -> PictureHeader:
+    if source.size is not None and source.mask is None and not decode:
+        return PictureHeader(source.size, frames=1)
+    header = read_header(source.path, decode)
+    if source.mask is not None:
+        width, height = header.size
+        mask_width, mask_height = read_header(source.mask, decode).size
+        if abs(mask_width * height / (mask_height * width) - 1) > _MASK_SHAPE:
+            raise DataError(
+                f"mask {source.mask} is {mask_width}x{mask_height}, of another shape than {source.path}, which is "
+                f"{width}x{height}"
+            )
+    return header

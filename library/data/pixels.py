@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from library.errors import DataError
 
-_TURNED_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels with the EXIF orientation applied.
-
-    The whole file is decoded, because Pillow's quicker checks do not notice missing data at the end; JPEGs are decoded
-    at 1/8 of their size, which still reads every byte. DataError: the file cannot be read.
-    """
-    with _opened(path) as image:
-        width, height = image.size
-        image.draft("RGB", (1, 1))
-        image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED_SIDEWAYS
-    return (height, width) if turned else (width, height)
+_FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    **dict.fromkeys(("bicubic", "cubic"), Image.Resampling.BICUBIC),
+    **dict.fromkeys(("bilinear", "linear"), Image.Resampling.BILINEAR),
+    **dict.fromkeys(("area", "box"), Image.Resampling.BOX),
+    "nearest": Image.Resampling.NEAREST,
+}
+CENTRE = (0.5, 0.5)
 
 
 def read_rgb(path: Path) -> Image.Image:
     """The picture upright, in 8-bit RGB, transparent parts over white. DataError: the file cannot be read."""
-    with _opened(path) as image:
+    with opened_picture(path) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):
             upright = _eight_bit(upright)
+        if upright.mode == "F":
+            raise ValueError("it holds floating-point numbers, whose black and white are unknown; save it as PNG")
         if upright.has_transparency_data:
             picture = upright.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
@@ -42,12 +37,32 @@ def read_rgb(path: Path) -> Image.Image:
         return upright.convert("RGB")
 
 
-def load_pixels(path: Path, bucket: tuple[int, int], flipped: bool) -> torch.Tensor:
-    """pixels_CHW in [-1, 1], fp32: scaled to cover the bucket (width, height), then cropped around the centre.
+def read_alpha(path: Path) -> Image.Image:
+    """How opaque the upright picture is, in 8-bit grey; white where it has no alpha. DataError: it cannot be read."""
+    with opened_picture(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return Image.new("L", upright.size, 255)
+        return upright.convert("RGBA").getchannel("A")
 
-    Lanczos filtering, over the wider support that shrinking needs. DataError: the file cannot be read.
+
+def load_pixels(
+    path: Path,
+    bucket: tuple[int, int],
+    flipped: bool,
+    *,
+    centring: tuple[float, float] = CENTRE,
+    interpolation: str | None = None,
+    recolour: Callable[[Image.Image], Image.Image] | None = None,
+) -> torch.Tensor:
+    """pixels_CHW in [-1, 1], fp32: scaled to cover the bucket (width, height), cropped, recoloured, mirrored.
+
+    centring: how much of what is cropped away lies to the left and above, from 0 to 1. interpolation: as
+    resize_interpolation says; shrinking takes the wider support that it needs. DataError: the file cannot be read.
     """
-    image = ImageOps.fit(read_rgb(path), bucket, method=Image.Resampling.LANCZOS)
+    image = ImageOps.fit(read_rgb(path), bucket, method=_FILTERS[interpolation or "lanczos"], centering=centring)
+    if recolour is not None:
+        image = recolour(image)
     if flipped:
         image = ImageOps.mirror(image)
     pixels_HWC = torch.from_numpy(np.array(image))
@@ -61,7 +76,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened_picture(path: Path) -> Iterator[Image.Image]:
+    """Inside, whatever goes wrong is a DataError that names the file."""
     try:
         with Image.open(path) as image:
             yield image

@@ -14,8 +14,23 @@ def parse_resolution(value: Any) -> tuple[int, int]:
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
     sides = [_whole_number(part) for part in parts]
     if len(sides) not in (1, 2) or any(side is None or side < 16 for side in sides):
-        raise ValueError("expected a side in pixels such as 1024, or [width, height], each 16 or more")
+        raise ValueError(
+            "expected a side in pixels such as 1024, or [width, height], each 16 or more; several sizes go into "
+            "resolutions"
+        )
     return sides[0], sides[-1]
+
+
+def parse_resolutions(value: Any) -> tuple[tuple[int, int], ...]:
+    """[512, 1024], [[832, 1216], 1024] or one such entry -> a size (width, height) for each; ValueError otherwise.
+
+    Every entry is a resolution of its own, as `parse_resolution` reads it: two numbers are two sizes here.
+    """
+    entries = value if isinstance(value, list | tuple) else [value]
+    sizes = tuple(parse_resolution(entry) for entry in entries)
+    if len(set(sizes)) < len(sizes):
+        raise ValueError("expected each size once")
+    return sizes
 
 
 def parse_separator(value: Any) -> str:
@@ -41,6 +56,14 @@ class DataSettings:
         "Folder of pictures, searched recursively; each folder that holds pictures is a subset, and a folder named "
         "'10_subject' repeats its pictures 10 times and has 'subject' as its class_tokens.",
     )
+    reg_data_dir: Path | None = option(
+        None,
+        "Folder of regularisation pictures beside train_data_dir, searched in the same way: pictures of the general "
+        "kind (any cat, where you train yours), which keep the model from forgetting it. See is_reg.",
+    )
+    in_json: Path | None = option(
+        None, "Metadata file (.json, .jsonl) with the captions of the pictures in train_data_dir; see metadata_file."
+    )
     cache_latents: bool = option(
         False, "Encode every picture once, before training, and keep the latents in memory (1 MiB each at 1024x1024)."
     )
@@ -49,7 +72,7 @@ class DataSettings:
         "Encode every picture once and keep the latents in files, so that the next run starts at once; includes "
         "cache_latents. A changed picture, size or VAE is noticed and encoded anew.",
     )
-    vae_batch_size: int = option(1, "Pictures encoded at once while latents are cached.")
+    vae_batch_size: int = option(1, "Pictures encoded at once while latents are cached.", zero_is_unset=True)
     cache_text_encoder_outputs: bool = option(
         False,
         "Encode each caption once, ahead of its step, and keep the result in memory; Qwen3 then leaves the GPU while "
@@ -79,7 +102,12 @@ class DataSettings:
     )
     persistent_data_loader_workers: bool = option(False, "Keep the loading processes alive between epochs.")
     skip_broken_images: bool = option(
-        False, "Leave out pictures that cannot be read, with a count, rather than stop the run."
+        False,
+        "Leave out pictures that cannot be read, with a count, rather than stop the run. To find them, every picture "
+        "is read whole at the start, which takes a minute for some thousands.",
+    )
+    masked_loss: bool | None = option(
+        None, "Weight the loss by masks. Unset: where a folder has conditioning_data_dir or alpha_mask."
     )
 
     @property
@@ -98,8 +126,23 @@ class SubsetSettings:
     """One folder of captioned pictures."""
 
     image_dir: Path | None = option(None, "Folder with the pictures (not searched recursively).")
-    num_repeats: int = option(1, "How often an epoch shows each picture.")
-    caption_extension: str = option(".txt", "Ending of the caption file beside each picture.")
+    metadata_file: Path | None = option(
+        None,
+        "JSON file {picture: {caption, tags, image_size}}, or .jsonl with a line {image_path, caption, tags, "
+        "image_size} each, instead of caption files; its paths begin at image_dir, else where the file lies.",
+    )
+    num_repeats: int = option(1, "How often an epoch shows each picture.", aliases=("dataset_repeats",))
+    is_reg: bool = option(
+        False,
+        "These are regularisation pictures: each epoch shows about as many of them as of the dataset's others, by "
+        "repeating them or leaving some out. Their loss is weighted by prior_loss_weight.",
+    )
+    prior_loss_weight: float = option(
+        1.0, "What the loss of regularisation pictures is multiplied by; less holds the model less to what it knew."
+    )
+    caption_extension: str = option(
+        ".txt", "Ending of the caption file beside each picture.", aliases=("caption_extention",)
+    )
     class_tokens: str | None = option(None, "Caption of a picture that has no caption file.")
     shuffle_caption: bool = option(False, "Shuffle a caption's tags anew each time it is used.")
     caption_separator: str = option(",", "What separates tags in a caption.", parse=parse_separator)
@@ -113,7 +156,28 @@ class SubsetSettings:
     caption_suffix: str = option("", "Text put after every caption, never shuffled or dropped with the tags.")
     caption_dropout_rate: float = option(0.0, "Share of uses in which the whole caption is left empty (0 to 1).")
     caption_tag_dropout_rate: float = option(0.0, "Chance of each tag to be left out at each use (0 to 1).")
-    flip_aug: bool = option(False, "Mirror pictures left to right in half of their uses.")
+    flip_aug: bool = option(
+        False, "Mirror pictures left to right in half of their uses. Not for what has a side: text, asymmetric clothes."
+    )
+    color_aug: bool = option(
+        False, "Shift hue (up to 16 degrees) or gamma (up to 5 %) a little in a third of the uses. Not with caches."
+    )
+    random_crop: bool = option(
+        False, "Crop pictures at a random place instead of the centre, anew each time. Not with caches."
+    )
+    resize_interpolation: str | None = option(
+        None,
+        "How pictures are scaled. Unset: lanczos, which is best for nearly all; nearest keeps pixel art hard.",
+        choices=("lanczos", "bicubic", "cubic", "bilinear", "linear", "area", "box", "nearest"),
+    )
+    alpha_mask: bool = option(
+        False, "Train only what is not transparent: a picture's alpha weights the loss. The rest is white."
+    )
+    conditioning_data_dir: Path | None = option(
+        None,
+        "Folder with a mask for each picture, of the same name and shape: what is white (in the red channel) is "
+        "trained, what is black is not.",
+    )
     timestep_offset: int = option(
         0,
         "Moves this folder's timesteps by so many thousandths: 100 trains it nearer to noise, for composition, -100 "
@@ -130,10 +194,27 @@ class DatasetSettings:
         "Training size in pixels: a side, or [width, height]; its area is the buckets' budget.",
         parse=parse_resolution,
     )
+    resolutions: tuple[tuple[int, int], ...] = option(
+        (),
+        "Train every picture at each of several sizes, instead of at resolution: [768, 1024], or [[832, 1216], 1024] "
+        "with widths and heights. An epoch is as many times longer.",
+        parse=parse_resolutions,
+    )
     batch_size: int = option(1, "Pictures in one batch.", aliases=("train_batch_size",))
     enable_bucket: bool = option(False, "Train each picture at its own aspect ratio, within the area budget.")
     min_bucket_reso: int = option(256, "Shortest side of a bucket, in pixels.")
     max_bucket_reso: int = option(1024, "Longest side of a bucket, in pixels.")
     bucket_reso_steps: int = option(64, "Bucket sides are multiples of this, itself a multiple of 16.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture: small ones get buckets of their own size.")
+    validation_split: float = option(
+        0.0, "Share of the pictures that is not trained but kept to measure the validation loss (0 to 1)."
+    )
+    validation_seed: int | None = option(
+        None, "What the choice of validation pictures follows from; set it to keep them when seed changes."
+    )
     subsets: tuple[SubsetSettings, ...] = field(default=())
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(width, height) of each size that its pictures are trained at: resolutions, else resolution alone."""
+        return self.resolutions or (self.resolution,)

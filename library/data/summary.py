@@ -46,7 +46,7 @@ def describe_data(datasets: Sequence[DatasetSettings], pictures: Sequence[Pictur
     every = [folder for own in folders for folder in own]
     return {
         "num_train_images": sum(picture.repeats for picture in pictures),
-        "resolution": max((dataset.resolution for dataset in datasets), key=lambda size: size[0] * size[1]),
+        "resolution": max((size for dataset in datasets for size in dataset.sizes), key=lambda size: size[0] * size[1]),
         "datasets": [_describe_dataset(dataset, own) for dataset, own in zip(datasets, folders, strict=True)],
         "dataset_dirs": {
             folder.name: {"n_repeats": folder.subset.num_repeats, "img_count": len(folder.pictures)} for folder in every
@@ -66,7 +66,7 @@ def _folders(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -
     seen: Counter[str] = Counter()
 
     def folder(dataset: int, subset: SubsetSettings) -> _Folder:
-        name = subset.image_dir.resolve().name
+        name = (subset.image_dir or subset.metadata_file).resolve().name
         seen[name] += 1
         unique = name if seen[name] == 1 else f"{name} ({seen[name]})"
         return _Folder(unique, subset, of_subset[dataset, id(subset)])

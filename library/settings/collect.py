@@ -192,7 +192,8 @@ def _datasets(gathered: Gathered, problems: list[str]) -> tuple[DatasetSettings,
         warn_of_overridden(tables, given)
         return datasets_from_tables(tables, given)
     try:
-        return (dataset_from_folder(given["train_data_dir"].value, given),)
+        reg_data_dir, in_json = (given[name].value if name in given else None for name in ("reg_data_dir", "in_json"))
+        return (dataset_from_folder(given["train_data_dir"].value, given, reg_data_dir, in_json),)
     except DataError as error:
         folder = given["train_data_dir"]
         problems.append(f"{folder.source}: {folder.label}: {error}")

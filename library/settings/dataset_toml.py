@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,10 @@ def _dataset_table(file: TomlFile, key_path: KeyPath, table: dict[str, Any], pro
 
 def _subset_values(file: TomlFile, key_path: KeyPath, table: dict[str, Any], problems: list[str]) -> Values:
     values = resolve(file.entries(table, *key_path), subset_options(), problems)
-    if "image_dir" not in table:
-        problems.append(f"{file.source(*key_path)}: this subset has no image_dir; name its picture folder")
+    if "image_dir" not in table and "metadata_file" not in table:
+        problems.append(
+            f"{file.source(*key_path)}: this subset has no image_dir; name its picture folder, or a metadata_file"
+        )
     return values
 
 
@@ -109,10 +111,22 @@ def datasets_from_tables(tables: DatasetTables, fallback: Values) -> tuple[Datas
     )
 
 
-def dataset_from_folder(folder: Path, values: Values) -> DatasetSettings:
-    """One dataset with a subset for each folder of pictures in `folder`. Raises DataError where there is none."""
+def dataset_from_folder(
+    folder: Path, values: Values, regularisation: Path | None = None, metadata: Path | None = None
+) -> DatasetSettings:
+    """One dataset with a subset for each folder of pictures in `folder`, and in the one of regularisation pictures.
+
+    metadata: a file that names the pictures of `folder`, which then are one subset. Raises DataError where there are
+    none.
+    """
     common = SubsetSettings(**_picked(values, subset_options()))
-    return DatasetSettings(**_picked(values, dataset_options()), subsets=find_subsets(folder, common))
+    if metadata is None:
+        subsets = find_subsets(folder, common)
+    else:
+        subsets = (replace(common, image_dir=folder, metadata_file=metadata),)
+    if regularisation is not None:
+        subsets += find_subsets(regularisation, replace(common, is_reg=True))
+    return DatasetSettings(**_picked(values, dataset_options()), subsets=subsets)
 
 
 def warn_of_overridden(tables: DatasetTables, fallback: Values) -> None:

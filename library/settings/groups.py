@@ -75,10 +75,9 @@ def subset_options() -> dict[str, Option]:
 
 
 def shared_dataset_options() -> dict[str, Option]:
-    """Dataset and subset options that may stand above their own level: all but the picture folder."""
+    """Dataset and subset options that may stand above their own level: all but what names the pictures."""
     shared = {**dataset_options(), **subset_options()}
-    del shared["image_dir"]
-    return shared
+    return {name: option for name, option in shared.items() if name not in ("image_dir", "metadata_file")}
 
 
 def top_level_options() -> dict[str, Option]:

@@ -14,6 +14,12 @@ _RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpoint
 _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
 _NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
+_ONE_NAME = "curves are named by output_name and log_prefix"
+_NO_WANDB = "curves go to TensorBoard alone"
+_NO_BOARD = "start TensorBoard yourself: tensorboard --logdir logs"
+_NO_MONITOR = "memory and jumps of the loss are not watched"
+_NO_VALIDATION = "no validation loss is measured"
+_KEEPS_ALL = "every save is kept"
 _FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
 
 # Accepted with a warning that they do nothing, and why.
@@ -60,11 +66,35 @@ NO_EFFECT: dict[str, str] = {
     "console_log_level": _MESSAGES,
     "console_log_file": _MESSAGES,
     "console_log_simple": _MESSAGES,
+    "log_tracker_name": _ONE_NAME,
+    "log_tracker_config": _NO_WANDB,
+    "log_config": "metadata holds every setting already",
+    "wandb_run_name": _NO_WANDB,
+    "wandb_api_key": _NO_WANDB,
+    "auto_start_tensorboard": _NO_BOARD,
+    "tensorboard_host": _NO_BOARD,
+    "tensorboard_port": _NO_BOARD,
+    "tensorboard_logdir": _NO_BOARD,
+    "anima_monitor_memory": _NO_MONITOR,
+    "anima_monitor_alert_policy": _NO_MONITOR,
+    "anima_monitor_memory_warn_ratio": _NO_MONITOR,
+    "anima_monitor_loss_spike_ratio": _NO_MONITOR,
+    "anima_resume_snapshot_strict": "a state that does not fit is always refused",
+    "resume_ignore_optimizer_mismatch": "a state of another optimizer is always refused",
+    "validate_every_n_steps": _NO_VALIDATION,
+    "validate_every_n_epochs": _NO_VALIDATION,
+    "max_validation_steps": _NO_VALIDATION,
+    "save_last_n_epochs": _KEEPS_ALL,
+    "save_last_n_steps": _KEEPS_ALL,
+    "save_last_n_epochs_state": _KEEPS_ALL,
+    "save_last_n_steps_state": _KEEPS_ALL,
     "sample_sampler": "samples are rendered with Euler steps along the flow",
     "metadata_thumbnail": "metadata holds no pictures",
     "metadata_merged_from": "a trained adapter is not merged from others",
     "metadata_preprocessor": "it is for control models",
     "metadata_is_negative_embedding": "it is for embeddings",
+    "cache_info": "pictures are looked at anew at each start, which takes seconds",
+    "custom_attributes": "it is for scripts that read it",
 }
 
 # Accepted at these values only, which is what happens here anyway; any other value is refused.
@@ -74,13 +104,8 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "fp8_base": (False,),
     "fp8_base_unet": (False,),
     "blocks_to_swap": (0,),
-    "cache_latents_to_disk": (False,),
-    "cache_text_encoder_outputs_to_disk": (False,),
-    "is_reg": (False,),
-    "color_aug": (False,),
-    "random_crop": (False,),
-    "alpha_mask": (False,),
     "enable_wildcard": (False,),
+    "network_multiplier": (1, 1.0),
 }
 
 # Refused unless off (see `is_off`), with what to do instead.
@@ -107,9 +132,15 @@ REFUSED: dict[str, str] = {
     "ae": "name the VAE by vae",
     "training_shift": "set anima_flow_shift",
     "dataset_class": "name the pictures by dataset_config or train_data_dir",
+    "face_crop_aug_range": "it needs the places of faces in file names; crop the pictures beforehand",
+    "skip_image_resolution": "small pictures are trained; set bucket_no_upscale so that they are not enlarged",
     "debug_dataset": "the table of buckets at the start of a run shows what the pictures became",
-    "in_json": "name the file by metadata_file in a dataset TOML",
-    "dataset_repeats": "set num_repeats",
+    "save_n_epoch_ratio": "set save_every_n_epochs",
+    "on_nonfinite": "remove it",
+    "secondary_separator": "remove it",
+    "caption_dropout_every_n_epochs": "set caption_dropout_rate",
+    "token_warmup_min": "remove it",
+    "token_warmup_step": "remove it",
     "deepspeed": _NO_DEEPSPEED,
     "zero_stage": _NO_DEEPSPEED,
     "offload_optimizer_device": _NO_DEEPSPEED,

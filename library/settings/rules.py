@@ -7,6 +7,7 @@ from typing import Any
 
 from library.data.buckets import SIDE_UNIT
 from library.data.settings import DatasetSettings
+from library.settings.data_rules import data_problems
 from library.settings.file_rules import files_to_start_from, model_files, output_folders, samples
 from library.settings.groups import Settings, settings_as_flat_dict
 from library.settings.objective_rules import objective_problems
@@ -43,6 +44,9 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "text_cache_disk_gb": (0.001, None),
     "max_data_loader_n_workers": (0, None),
     "num_repeats": (1, None),
+    "prior_loss_weight": (0, None),
+    "validation_split": (0, 1),
+    "validation_seed": (0, 2**32 - 1),
     "keep_tokens": (0, None),
     "caption_dropout_rate": (0, 1),
     "caption_tag_dropout_rate": (0, 1),
@@ -76,7 +80,7 @@ def check_settings(settings: Settings) -> list[str]:
     """Every problem of the settings as a whole; what has no effect is logged as a warning."""
     warn_of_surprises(settings)
     rules = (
-        model_files, attention, precision, numbers_in_range, objective, buckets, optimizer_problems,
+        model_files, attention, precision, numbers_in_range, objective, data, buckets, optimizer_problems,
         files_to_start_from, samples, output_folders,
     )  # fmt: skip
     problems: list[str] = []
@@ -142,6 +146,12 @@ def objective(settings: Settings) -> Iterator[str]:
         yield f"{origin(settings, name, prefix)}: {problem}"
 
 
+def data(settings: Settings) -> Iterator[str]:
+    """The pictures, masks and caches go together."""
+    for prefix, name, problem in data_problems(settings):
+        yield f"{origin(settings, name, prefix)}: {problem}"
+
+
 def buckets(settings: Settings) -> Iterator[str]:
     """Bucket sides fit the model, the limits are the right way round, and the resolution lies between them."""
     for i, dataset in enumerate(settings.datasets):
@@ -153,15 +163,19 @@ def buckets(settings: Settings) -> Iterator[str]:
             lower, upper = (origin(settings, name, prefix) for name in ("min_bucket_reso", "max_bucket_reso"))
             yield f"{lower} is {dataset.min_bucket_reso}, above {upper}, which is {dataset.max_bucket_reso}"
         elif dataset.enable_bucket:
-            yield from _resolution_problems(settings, dataset, prefix)
+            for size in dataset.sizes:
+                yield from _resolution_problems(settings, dataset, size, prefix)
 
 
-def _resolution_problems(settings: Settings, dataset: DatasetSettings, prefix: str) -> Iterator[str]:
-    size = "x".join(map(str, dataset.resolution))
-    for name, fits in (
-        ("min_bucket_reso", min(dataset.resolution) >= dataset.min_bucket_reso),
-        ("max_bucket_reso", max(dataset.resolution) <= dataset.max_bucket_reso),
+def _resolution_problems(
+    settings: Settings, dataset: DatasetSettings, size: tuple[int, int], prefix: str
+) -> Iterator[str]:
+    name = "resolutions" if dataset.resolutions else "resolution"
+    for limit, fits in (
+        ("min_bucket_reso", min(size) >= dataset.min_bucket_reso),
+        ("max_bucket_reso", max(size) <= dataset.max_bucket_reso),
     ):
         if not fits:
-            limit = f"{origin(settings, name, prefix)}, which is {getattr(dataset, name)}"
-            yield f"{origin(settings, 'resolution', prefix)}: {size} goes beyond {limit}: change the one or the other"
+            beyond = f"{origin(settings, limit, prefix)}, which is {getattr(dataset, limit)}"
+            size_text = f"{size[0]}x{size[1]}"
+            yield f"{origin(settings, name, prefix)}: {size_text} goes beyond {beyond}: change the one or the other"

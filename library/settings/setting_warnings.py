@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from library.settings.data_rules import data_without_effect
 from library.settings.groups import Settings, top_level_options
 from library.settings.objective_rules import objective_without_effect
 from library.settings.optimizer_rules import optimizer_without_effect, warn_of_rates
 from library.settings.origins import origin
 from library.settings.root_style_keys import DEFAULT_SOURCE
+from library.settings.tokenizer_rules import tokenizers_without_effect
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "persistent_data_loader_workers", "max_data_loader_n_workers is 0"
     yield from optimizer_without_effect(settings)
     yield from objective_without_effect(settings)
+    yield from tokenizers_without_effect(settings)
+    yield from data_without_effect(settings)
     if run.max_train_epochs is not None:
         yield "max_train_steps", "max_train_epochs is set, and wins"
     if run.initial_step:

@@ -16,7 +16,7 @@ def touch(folder, *names):
 
 
 def test_endings_in_any_case_sorted_without_hidden_files(tmp_path):
-    touch(tmp_path, "b.PNG", "a.jpeg", "c.Webp", "a.txt", ".hidden.png", "d.gif")
+    touch(tmp_path, "b.PNG", "a.jpeg", "c.Webp", "a.txt", ".hidden.png", "d.mp4")
     touch(tmp_path / "folder.png")
     assert [path.name for path in pictures_in(tmp_path)] == ["a.jpeg", "b.PNG", "c.Webp"]
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from library.data.pictures import scan_datasets
+from library.data.epochs import plan_epoch
+from library.data.pictures import Picture, balance, scan_datasets
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.errors import DataError, SettingError
 
@@ -119,3 +124,77 @@ def test_bucket_settings_are_checked_before_folders_are_read(tmp_path):
     wrong = replace(dataset(tmp_path / "gone"), enable_bucket=True, min_bucket_reso=256)
     with pytest.raises(SettingError, match="min_bucket_reso"):
         scan(wrong)
+
+
+def test_several_resolutions_train_each_picture_at_each(tmp_path, draw):
+    draw("a", (128, 64), "one")
+    draw("b", (64, 64), "two")
+    sized = replace(
+        dataset(tmp_path), resolutions=((64, 64), (96, 96)), enable_bucket=True, min_bucket_reso=32,
+        max_bucket_reso=256, bucket_reso_steps=16,
+    )  # fmt: skip
+    pictures = scan(sized)
+    assert [(each.key, each.bucket, each.caption) for each in pictures] == [
+        ("0/0/a.png@64x64", (80, 48), "one"),
+        ("0/0/b.png@64x64", (64, 64), "two"),
+        ("0/0/a.png@96x96", (128, 64), "one"),
+        ("0/0/b.png@96x96", (96, 96), "two"),
+    ]
+    assert all(each.bucket[0] * each.bucket[1] <= 96 * 96 for each in pictures)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "regular", "reg_repeats", "expected"),
+    [
+        (5, 3, 1, [4, 3, 3]),
+        (1, 1, 1, [2]),
+        (1, 2, 1, [1, 1]),
+        (1, 4, 1, [1, 1]),  # the last two are left out
+        (2, 3, 3, [3, 3]),
+    ],
+)
+def test_regularisation_pictures_match_the_others(tmp_path, draw, caplog, repeats, regular, reg_repeats, expected):
+    """Two pictures with `repeats` each."""
+    for name in ("own/a", "own/b", *(f"reg/r{number}" for number in range(regular))):
+        draw(name, caption="x")
+    own = SubsetSettings(image_dir=tmp_path / "own", num_repeats=repeats)
+    reg = SubsetSettings(image_dir=tmp_path / "reg", num_repeats=reg_repeats, is_reg=True)
+    pictures = scan(DatasetSettings(resolution=(64, 64), subsets=(own, reg)))
+    found = [each.repeats for each in pictures if each.subset.is_reg]
+    assert found == expected
+    assert [each.repeats for each in pictures if not each.subset.is_reg] == [repeats] * 2
+    assert 0 <= sum(found) - 2 * repeats < reg_repeats
+    left_out = regular - len(expected)
+    assert (f"{left_out} regularisation pictures are more than needed" in caplog.text) == (left_out > 0)
+
+
+def test_only_regularisation_pictures_stay_as_they_are(tmp_path, draw):
+    draw("a", caption="x")
+    assert [each.repeats for each in scan(dataset(tmp_path, is_reg=True, num_repeats=3))] == [3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+def test_every_use_comes_once_an_epoch_whatever_the_sources(drawn, batch_size, accumulation, ranks):
+    """Pictures of own and regularisation subsets: what is not reported as left out is used as often as it should be."""
+    pictures = [
+        Picture(f"0/{i}/a.png", Path(f"{i}.png"), "", (64, 64), (64 + 16 * (i % 3), 64), 0,
+                SubsetSettings(image_dir=Path(str(i)), num_repeats=repeats, is_reg=is_reg))
+        for i, (repeats, is_reg) in enumerate(drawn)
+    ]  # fmt: skip
+    balanced = balance(pictures)
+    own = sum(each.repeats for each in balanced if not each.subset.is_reg)
+    reg = sum(each.repeats for each in balanced if each.subset.is_reg)
+    assert own == sum(repeats for repeats, is_reg in drawn if not is_reg)
+    if own and any(is_reg for _, is_reg in drawn):
+        assert own <= reg < own + 9
+    used = Counter()
+    for step in plan_epoch(balanced, [batch_size], 1, 0, accumulation, ranks):
+        for batch in (batch for rank in step.batches_of_rank for batch in rank if batch.counted):
+            used.update((balanced[item.picture].key, item.repeat) for item in batch.items)
+    assert used == Counter((each.key, repeat) for each in balanced for repeat in range(each.repeats))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from library.data.pixels import load_pixels, read_rgb, read_size
+from library.data.headers import read_header
+from library.data.pixels import load_pixels, read_rgb
 from library.errors import DataError
 
 
@@ -22,7 +23,7 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6  # the camera was turned: show it rotated 90 degrees clockwise
     path = tmp_path / "turned.png"
     image.save(path, exif=exif)
-    assert read_size(path) == (20, 40)
+    assert read_header(path).size == (20, 40)
     upright = read_rgb(path)
     assert upright.size == (20, 40)
     assert pixel(upright, 10, 5) == (255, 0, 0) and pixel(upright, 10, 35) == (0, 0, 255)
@@ -33,7 +34,7 @@ def test_jpeg_size_is_the_full_one_and_turned(tmp_path):
     exif[0x0112] = 8
     path = tmp_path / "turned.JPG"
     Image.new("RGB", (403, 205)).save(path, format="JPEG", exif=exif)
-    assert read_size(path) == (205, 403)
+    assert read_header(path).size == (205, 403)
     assert read_rgb(path).size == (205, 403)
 
 
@@ -123,7 +124,7 @@ def damaged(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "PNG", "JPEG", "WEBP", "BMP"])
-@pytest.mark.parametrize("read", [read_size, read_rgb])
+@pytest.mark.parametrize("read", [read_header, read_rgb])
 def test_damaged_files_are_named(tmp_path, kind, read):
     path = tmp_path / "harm.png"
     damaged(path, kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from library.data.settings import parse_resolution, parse_separator
+from library.data.settings import DatasetSettings, parse_resolution, parse_resolutions, parse_separator
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,30 @@ def test_separator():
     for wrong in ("", 3, None):
         with pytest.raises(ValueError, match="separates tags"):
             parse_separator(wrong)
+
+
+@pytest.mark.parametrize(
+    "written, sizes",
+    [
+        ([512, 1024], ((512, 512), (1024, 1024))),
+        ([[832, 1216], 1024], ((832, 1216), (1024, 1024))),
+        (["768", "832,1216"], ((768, 768), (832, 1216))),
+        (1024, ((1024, 1024),)),
+        ("832,1216", ((832, 1216),)),
+    ],
+)
+def test_several_resolutions(written, sizes):
+    assert parse_resolutions(written) == sizes
+    assert DatasetSettings(resolutions=sizes).sizes == sizes
+
+
+@pytest.mark.parametrize("written, message", [([512, 512], "each size once"), ([[1, 2, 3]], "1024"), (["x"], "1024")])
+def test_what_are_no_resolutions(written, message):
+    with pytest.raises(ValueError, match=message):
+        parse_resolutions(written)
+
+
+def test_two_numbers_are_one_size_and_more_are_sent_to_resolutions():
+    assert parse_resolution([512, 1024]) == (512, 1024) and DatasetSettings().sizes == ((1024, 1024),)
+    with pytest.raises(ValueError, match="several sizes go into resolutions"):
+        parse_resolution([512, 768, 1024])

@@ -147,8 +147,8 @@ def test_missing_picture_folder_is_told_with_the_other_problems(workplace, model
             "dataset.toml:2: datasets.resolution = 'x': expected a side in pixels",
         ),
         (
-            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'more'\ncolor_aug = true",
-            "dataset.toml:4: datasets.subsets.color_aug = True: not available here",
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'more'\nnetwork_multiplier = 2",
+            "dataset.toml:4: datasets.subsets.network_multiplier = 2: not available here",
         ),
         (
             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'more'\ncaption_dropout_rate = 10",

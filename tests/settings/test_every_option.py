@@ -25,6 +25,8 @@ def toml_and_words(spelling):
         return str(value).lower(), [f"--{spelling}" if value else f"--no-{spelling}"], value
     if declared.name == "resolution":
         return "[832, 1216]", [f"--{spelling}", "832", "1216"], (832, 1216)
+    if declared.name == "resolutions":
+        return "[768, [832, 1216]]", [f"--{spelling}", "768", "832,1216"], ((768, 768), (832, 1216))
     if declared.name == "adapter_format":
         return '["kohya", "comfy"]', [f"--{spelling}", "kohya", "comfy"], ("kohya", "comfy")
     if declared.name == "base_weights_multiplier":
@@ -88,8 +90,9 @@ def test_wrong_type_names_key_file_and_line(spelling, tmp_path):
 @pytest.mark.parametrize("spelling", sorted(by_spelling({**shared_dataset_options(), **subset_options()})))
 def test_dataset_option_reaches_the_dataset(spelling, tmp_path):
     declared = by_spelling({**shared_dataset_options(), **subset_options()})[spelling]
-    toml, expected = ('"x"', Path("x")) if spelling == "image_dir" else toml_and_words(spelling)[::2]
-    image_dir = "" if spelling == "image_dir" else 'image_dir = "a"\n'
+    names_pictures = spelling in ("image_dir", "metadata_file")
+    toml, expected = ('"x"', Path("x")) if names_pictures else toml_and_words(spelling)[::2]
+    image_dir = "" if names_pictures else 'image_dir = "a"\n'
     is_subset = declared.name in subset_options()
     levels = (f"{spelling} = {toml}", "") if not is_subset else ("", f"{spelling} = {toml}")
     path = tmp_path / "d.toml"

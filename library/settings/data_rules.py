@@ -1,0 +1,54 @@
+"""Rules of the training data: which of its settings contradict each other, and which do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from library.data.settings import SubsetSettings
+from library.settings.groups import Settings
+
+
+def data_problems(settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """Contradictions, as (prefix of a subset or "", name of the setting, what is wrong and what to do)."""
+    data = settings.data
+    subsets = [subset for dataset in settings.datasets for subset in dataset.subsets]
+    if data.masked_loss and subsets and not any(map(_has_masks, subsets)):
+        yield "", "masked_loss", "there are no masks: give folders conditioning_data_dir or alpha_mask, or turn it off"
+    for name in ("reg_data_dir", "in_json"):
+        if getattr(data, name) is not None and data.train_data_dir is None:
+            yield "", name, "it belongs to train_data_dir; in dataset tables use is_reg and metadata_file"
+    for i, dataset in enumerate(settings.datasets):
+        if dataset.subsets and all(subset.is_reg for subset in dataset.subsets):
+            yield f"datasets[{i}].subsets[0].", "is_reg", "the dataset has no other pictures than regularisation ones"
+        for j, subset in enumerate(dataset.subsets):
+            for name, problem in _subset_problems(settings, subset):
+                yield f"datasets[{i}].subsets[{j}].", name, problem
+
+
+def _subset_problems(settings: Settings, subset: SubsetSettings) -> Iterator[tuple[str, str]]:
+    data = settings.data
+    if data.caches_latents:
+        cached_by = "cache_latents" if data.cache_latents else "cache_latents_to_disk"
+        for name in ("color_aug", "random_crop"):
+            if getattr(subset, name):
+                yield name, f"it changes pictures at each use, and {cached_by} keeps one form: turn one of them off"
+    if subset.alpha_mask and subset.conditioning_data_dir is not None:
+        yield "alpha_mask", "conditioning_data_dir gives masks as well: keep one of them"
+    if data.masked_loss is False and _has_masks(subset):
+        name = "alpha_mask" if subset.alpha_mask else "conditioning_data_dir"
+        yield name, "it gives masks, and masked_loss = false asks for none: remove one of them"
+
+
+def _has_masks(subset: SubsetSettings) -> bool:
+    return subset.alpha_mask or subset.conditioning_data_dir is not None
+
+
+def data_without_effect(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Settings that do nothing beside the others, as (name, why)."""
+    datasets = settings.datasets
+    if not any(subset.is_reg for dataset in datasets for subset in dataset.subsets):
+        yield "prior_loss_weight", "no pictures are for regularisation (is_reg, reg_data_dir)"
+    if datasets and all(dataset.resolutions for dataset in datasets):
+        yield "resolution", "resolutions is set, and wins"
+    for name in ("validation_split", "validation_seed"):
+        yield name, "no validation loss is measured yet; all pictures are trained"

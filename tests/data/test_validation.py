@@ -1,0 +1,71 @@
+"""Which pictures a validation split takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from library.data.pictures import Picture
+from library.data.settings import DatasetSettings, SubsetSettings
+from library.data.validation import split_validation
+
+
+def pictures_of(subset, count, dataset=0, sizes=("",)):
+    return [
+        Picture(f"{dataset}/0/{i:03}.png{size}", Path(f"{i:03}.png"), "", (64, 64), (64, 64), dataset, subset)
+        for size in sizes
+        for i in range(count)
+    ]
+
+
+def names(pictures):
+    return {picture.path.name for picture in pictures}
+
+
+@pytest.mark.parametrize(
+    ("count", "split", "taken"), [(20, 0.1, 2), (5, 0.1, 1), (1, 0.5, 0), (4, 1.0, 3), (9, 0.0, 0)]
+)
+def test_a_share_of_each_subset_but_never_all(count, split, taken, caplog):
+    caplog.set_level("INFO")
+    subset = SubsetSettings(image_dir=Path("a"))
+    pictures = pictures_of(subset, count)
+    kept, validating = split_validation(pictures, [DatasetSettings(validation_split=split, subsets=(subset,))], seed=1)
+    assert len(validating) == taken and [*kept, *validating] != [] and set(kept) | set(validating) == set(pictures)
+    assert (f"validation_split keeps {taken} of {count} pictures" in caplog.text) == (taken > 0)
+    assert all(picture.path.name in caplog.text for picture in validating)
+
+
+def test_a_picture_goes_whole_to_one_side():
+    subset = SubsetSettings(image_dir=Path("a"))
+    dataset = DatasetSettings(validation_split=0.25, subsets=(subset,), resolutions=((64, 64), (96, 96)))
+    kept, validating = split_validation(pictures_of(subset, 8, sizes=("@64x64", "@96x96")), [dataset], seed=1)
+    assert (len(kept), len(validating)) == (12, 4) and not names(kept) & names(validating)
+
+
+def test_the_choice_follows_from_the_seed():
+    subset = SubsetSettings(image_dir=Path("a"))
+    pictures = pictures_of(subset, 40)
+
+    def chosen(seed, **more):
+        dataset = DatasetSettings(validation_split=0.25, subsets=(subset,), **more)
+        return names(split_validation(pictures, [dataset], seed)[1])
+
+    assert chosen(1) == chosen(1) != chosen(2)
+    assert chosen(1, validation_seed=7) == chosen(2, validation_seed=7) != chosen(1)
+
+
+def test_more_pictures_move_few_others():
+    subset = SubsetSettings(image_dir=Path("a"))
+    dataset = DatasetSettings(validation_split=0.5, subsets=(subset,))
+    before, after = (names(split_validation(pictures_of(subset, n), [dataset], 1)[1]) for n in (40, 44))
+    assert len(before - after) <= 4
+
+
+def test_regularisation_pictures_and_other_datasets_stay():
+    own, regular = SubsetSettings(image_dir=Path("a")), SubsetSettings(image_dir=Path("r"), is_reg=True)
+    other = SubsetSettings(image_dir=Path("b"))
+    datasets = [DatasetSettings(validation_split=0.5, subsets=(own, regular)), DatasetSettings(subsets=(other,))]
+    pictures = [*pictures_of(own, 4), *pictures_of(regular, 4), *pictures_of(other, 4, dataset=1)]
+    _, validating = split_validation(pictures, datasets, 1)
+    assert [picture.subset for picture in validating] == [own, own]
