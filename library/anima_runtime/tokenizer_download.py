@@ -175,7 +175,7 @@ def _fetch_file(place: HubFolder, name: str, path: Path) -> bool:
             expected = response.headers.get("Content-Length")
             if expected is not None and int(expected) != path.stat().st_size:
                 raise _DownloadError(f"{name}: {path.stat().st_size} of {expected} bytes arrived")
-    except requests.RequestException as error:
+    except (requests.RequestException, ValueError) as error:  # ValueError: a Content-Length that is no number
         raise _DownloadError(f"{name}: {error}") from error
     return True
 

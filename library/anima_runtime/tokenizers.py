@@ -72,26 +72,27 @@ def plan_qwen_tokenizer(qwen_path: Path, tokenizer_dir: Path | None, settings: T
 
 def check_tokenizer(plan: TokenizerPlan) -> None:
     """ModelFileError naming the missing files where they may not be downloaded. Loads and downloads nothing."""
-    missing = plan.files.missing_in(plan.folder)
-    if not missing:
-        return
-    if plan.may_download and not is_offline():
+    if _is_to_be_downloaded(plan):
         places = ", or else ".join(map(str, plan.sources))
-        logger.info("%s lacks the %s, which will be downloaded from %s", plan.folder, plan.files.what, places)
-        return
+        logger.info("the %s will be downloaded to %s from %s", plan.files.what, plan.folder, places)
+
+
+def provide_tokenizer(plan: TokenizerPlan) -> Path:
+    """The folder with all files of the tokenizer, downloaded if need be; ModelFileError where that fails."""
+    if _is_to_be_downloaded(plan):
+        download_missing(plan.files, plan.sources, plan.folder)
+    return plan.folder
+
+
+def _is_to_be_downloaded(plan: TokenizerPlan) -> bool:
+    missing = plan.files.missing_in(plan.folder)
+    if not missing or (plan.may_download and not is_offline()):
+        return bool(missing)
     remedy = "unset HF_HUB_OFFLINE" if plan.may_download else f"{plan.download_option} to true"
     raise ModelFileError(
         f"{plan.folder}: {_lacks(plan.files, missing)}; set {plan.folder_option} to a folder that has them, "
         f"or {remedy} to have them downloaded."
     )
-
-
-def provide_tokenizer(plan: TokenizerPlan) -> Path:
-    """The folder with all files of the tokenizer, downloaded if need be; ModelFileError where that fails."""
-    check_tokenizer(plan)
-    if plan.files.missing_in(plan.folder):
-        download_missing(plan.files, plan.sources, plan.folder)
-    return plan.folder
 
 
 def load_qwen_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -59,6 +59,7 @@ def hubs(monkeypatch: pytest.MonkeyPatch, tmp_path):
     monkeypatch.setenv("MODELSCOPE_DOMAIN", modelscope.address)
     monkeypatch.delenv("MODELSCOPE_ENDPOINT", raising=False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "hf_home"))
     yield hugging_face, modelscope

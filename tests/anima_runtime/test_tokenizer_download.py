@@ -299,7 +299,8 @@ def test_the_check_downloads_nothing_and_says_what_will_be(hubs, t5, tmp_path, c
     put(hubs[0], HF_FOLDER, t5)
     caplog.set_level("INFO")
     check_tokenizer(plan_t5_tokenizer(tmp_path / "t5", TokenizerSettings()))
-    assert "will be downloaded from Hugging Face google/t5-v1_1-base/tokenizer (main), or else" in caplog.text
+    place = "Hugging Face google/t5-v1_1-base/tokenizer (main), or else ModelScope"
+    assert f"the T5 tokenizer will be downloaded to {tmp_path / 't5'} from {place}" in caplog.text
     assert hubs[0].asked == []
     assert not (tmp_path / "t5").exists()
 
@@ -334,7 +335,7 @@ def test_two_processes_download_once(hubs, t5, tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(tmp_path / "t5"), *names],
-            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "0"},
         )
         for names in (ready, ready[::-1])
     ]
