@@ -54,7 +54,8 @@ def _resolve_undeclared(entry: Entry, spellings: Iterable[str], problems: list[s
             problems.append(f"{entry}: not available here; only {allowed} is. Change or remove it")
     elif entry.name in REFUSED:
         if not is_off(entry.value):
-            problems.append(f"{entry}: not available here: {REFUSED[entry.name]}")
+            # Without the value, which may be a secret.
+            problems.append(f"{entry.source}: {entry.label} is not available here: {REFUSED[entry.name]}")
     elif entry.name in program_options():
         if not is_off(entry.value):
             problems.append(f"{entry.source}: {entry.label} belongs on the command line: --{entry.name}")
