@@ -22,6 +22,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 
 from library.console import progress_bar
+from library.data.cache_size import latent_bytes
 from library.data.dataset import Batch, TrainingBatches
 from library.data.epochs import bucket_table, steps_per_epoch
 from library.data.latent_files import LatentFiles, cache_folder
@@ -35,7 +36,13 @@ from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
 from library.training.captured import CapturedBackward
 from library.training.interrupts import Interrupted, stop_requests
-from library.training.machine import check_device, check_disk, describe_device, readable_size
+from library.training.machine import (
+    check_device,
+    check_disk,
+    describe_device,
+    readable_size,
+    warn_of_cache_space,
+)
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
 from library.training.model_hashes import fill_hashes, start_hashing
@@ -182,8 +189,14 @@ class NetworkTrainer(ABC):
             announce=self.encode_ahead if settings.data.caches_text else None,
         )  # fmt: skip
         self.make_parts(total_steps)
-        self.state = starting_state(run, epoch_steps)
-        if run.resume is not None:
+        if run.resume is None:
+            self.state = starting_state(run, epoch_steps)
+            if self.state.step > 0:
+                logger.info(
+                    "beginning at step %d of %d, in epoch %d; the learning rate schedule begins at its own start",
+                    self.state.step, total_steps, self.state.epoch + 1,
+                )  # fmt: skip
+        else:
             self.state = load_state(run.resume, self.parts)
             if self.state.step >= total_steps:
                 raise SettingError(
@@ -278,7 +291,10 @@ class NetworkTrainer(ABC):
         if pictures:
             epoch_steps = steps_per_epoch(pictures, self.batch_sizes, run.gradient_accumulation_steps, processes)
             problems.attempt(check_length, settings.schedule, planned_steps(run, epoch_steps))
-            problems.attempt(starting_state, run, epoch_steps)
+            if run.resume is None:
+                problems.attempt(starting_state, run, epoch_steps)
+            if settings.data.cache_latents_to_disk:
+                warn_of_cache_space(settings.data.cache_dir or pictures[0].path.parent, latent_bytes(pictures))
         plan = RunPlan(module, arguments, network, rates, pictures, epoch_steps, planned_steps(run, epoch_steps))
         if network is not None and pictures:
             problems.attempt(check_disk, settings.saving.output_dir, self.files_of(plan).total_bytes)

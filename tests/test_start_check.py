@@ -104,6 +104,17 @@ def test_a_full_disk_is_told_before_the_run(config, tmp_path, capsys, monkeypatc
     assert f"output_dir: {tmp_path / 'output'} needs about 0.1 MiB" in capsys.readouterr().err
 
 
+def test_a_disk_too_small_for_all_latents_is_warned_of(config, tmp_path, capsys, monkeypatch):
+    """Pictures of 48x80, 64x64, 80x48 and 96x32, each with its mirror image, at one byte a pixel."""
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * 14848 - 1))
+    settings = {"cache_latents_to_disk": True, "cache_dir": tmp_path / "not" / "yet", "dry_run": True}
+    assert main(config(**settings, flip_aug=True, network_dim=1, train_norm=False, save_precision="fp16")) == 0
+    assert "cache_latents_to_disk: all latents take about 0.0 MiB, and the disk of" in capsys.readouterr().err
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * 14848))
+    main(config(**settings, flip_aug=True, network_dim=1, train_norm=False, save_precision="fp16"))
+    assert "cache_latents_to_disk" not in capsys.readouterr().err
+
+
 def test_a_cpu_is_warned_of_and_xformers_falls_back(config, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "xformers", None)
     assert main(config(dry_run=True, xformers=True)) == 0

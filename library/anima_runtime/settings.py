@@ -45,7 +45,7 @@ class ModelSettings:
         512, "Least number of context rows; shorter captions get zero rows up to it. Captions are never cut."
     )
     no_half_vae: bool = option(
-        False, "Run the VAE in fp32 whatever mixed_precision says. For black or broken sample pictures in fp16."
+        False, "Run the VAE in fp32 whatever mixed_precision says. Try it where sample pictures come out black in fp16."
     )
     anima_attention_backend: str = option(
         "auto",

@@ -42,8 +42,7 @@ def check_device(run: RunSettings, device: torch.device) -> None:
 
 def check_disk(folder: Path, needed: int) -> int:
     """The free bytes of the disk that `folder` will lie on. UserError where they are fewer than `needed`."""
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if needed > free:
         raise UserError(
             f"output_dir: {folder} needs about {readable_size(needed)} for what this run saves, and its disk has "
@@ -51,6 +50,23 @@ def check_disk(folder: Path, needed: int) -> int:
             "or without states (save_state)"
         )
     return free
+
+
+def warn_of_cache_space(folder: Path, needed: int) -> None:
+    """A warning only, as earlier runs may have cached the latents already."""
+    free = free_bytes(folder)
+    if needed > free:
+        logger.warning(
+            "cache_latents_to_disk: all latents take about %s, and the disk of %s has %s free; set cache_dir to a "
+            "folder on another, or cache_latents to keep them in memory",
+            readable_size(needed), folder, readable_size(free),
+        )  # fmt: skip
+
+
+def free_bytes(folder: Path) -> int:
+    """Free on the disk that `folder` lies on, or will."""
+    folder = folder.resolve()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def describe_device(device: torch.device) -> str:

@@ -33,6 +33,8 @@ _FROM_SETTINGS = (
     "gradient_checkpointing",
     "max_grad_norm",
     "mixed_precision",
+    "full_bf16",
+    "full_fp16",
     "cache_latents",
     "seed",
     "output_name",

@@ -48,7 +48,7 @@ class RunSettings:
     )
     skip_until_initial_step: bool = option(
         False,
-        "With initial_step, leave out the pictures that its epoch has already shown. Unset: the epoch starts anew.",
+        "With initial_step, leave out the pictures that its epoch has already shown. Off: the epoch starts anew.",
     )
     dry_run: bool = option(
         False, "Check everything that can be checked without loading a model, say what the run would be, and stop."
