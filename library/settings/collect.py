@@ -19,9 +19,10 @@ from library.settings.dataset_toml import (
     read_dataset_tables,
     warn_of_overridden,
 )
-from library.settings.entries import Entry, Given
+from library.settings.entries import COMMAND_LINE, Entry, Given
 from library.settings.from_adapter import adapter_settings
 from library.settings.groups import Settings, by_spelling, run_groups, shared_dataset_options, top_level_options
+from library.settings.kohya_only import is_off
 from library.settings.listing import PICTURE_SOURCES
 from library.settings.resolve import resolve
 from library.settings.root_style import Mapped, is_root_style, map_root_style
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # A length or data source given in a higher layer replaces its alternative in a lower one.
 _REPLACES = {"max_train_steps": "max_train_epochs", "dataset_config": "train_data_dir"}
+# Arguments that a file's form implies, but only for the optimizer or network it names.
+_ARGUMENTS_OF = {"optimizer_type": "optimizer_args", "network_module": "network_args"}
 
 
 def read_settings(argv: Sequence[str]) -> Settings:
@@ -67,8 +70,8 @@ def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:
     gathered = gather(argv, unread)
     _raise(unread)
     given, tables = gathered.given, gathered.tables
-    _log_defaults(given)
-    datasets = _datasets(gathered, problems)
+    _log_root_style(gathered)
+    datasets = datasets_from(gathered, problems)
     groups = {
         field: group(**{option.name: given[option.name].value for option in options_of(group) if option.name in given})
         for field, group in run_groups().items()
@@ -157,6 +160,10 @@ def _merged(layers: Sequence[Mapping[str, Given]]) -> dict[str, Given]:
                 replaced = merged.pop(loser)
                 if replaced.source != DEFAULT_SOURCE:
                     logger.warning("%s replaces %s", layer[winner], replaced)
+        for name, arguments in _ARGUMENTS_OF.items():
+            is_implied = arguments in merged and merged[arguments].source == DEFAULT_SOURCE
+            if is_implied and name in layer and layer[name].source == COMMAND_LINE:
+                del merged[arguments]
         merged.update(layer)
     return merged
 
@@ -183,7 +190,8 @@ def picture_source_problems(gathered: Gathered) -> list[str]:
     return []
 
 
-def _datasets(gathered: Gathered, problems: list[str]) -> tuple[DatasetSettings, ...]:
+def datasets_from(gathered: Gathered, problems: list[str]) -> tuple[DatasetSettings, ...]:
+    """The datasets that were gathered; none, and a problem, where pictures are missing or named twice."""
     given, tables = gathered.given, gathered.tables
     if wrong := picture_source_problems(gathered):
         problems.extend(wrong)
@@ -210,8 +218,12 @@ def _is_set(given: Mapping[str, Given], name: str) -> bool:
     return name in given and given[name].value is not None
 
 
-def _log_defaults(given: Mapping[str, Given]) -> None:
-    defaults = [f"{name} = {value.value}" for name, value in given.items() if value.source == DEFAULT_SOURCE]
+def _log_root_style(gathered: Gathered) -> None:
+    """Lists what a root-style file says in vain, unless it is off, and the form's defaults that are in use."""
+    for entry, reason in gathered.unmapped:
+        if not is_off(entry.value):
+            logger.warning("%s: %s is not used: %s", entry.source, entry.label, reason)
+    defaults = [f"{name} = {given.value}" for name, given in gathered.given.items() if given.source == DEFAULT_SOURCE]
     if defaults:
         logger.info("root-style defaults in use: %s", ", ".join(defaults))
 

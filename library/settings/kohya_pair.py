@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from library.data.settings import SubsetSettings
-from library.errors import DataError
-from library.options import options_of
-from library.settings.collect import Gathered
-from library.settings.dataset_toml import DatasetTable, DatasetTables, dataset_from_folder
+from library.options import Secret, options_of
+from library.settings.collect import Gathered, datasets_from
+from library.settings.dataset_toml import DatasetTable, DatasetTables
 from library.settings.entries import Given
-from library.settings.groups import dataset_options, run_groups, subset_options
+from library.settings.groups import dataset_options, run_groups, shared_dataset_options
+from library.settings.listing import PICTURE_SOURCES
 from library.settings.root_style_keys import DEFAULT_SOURCE
+from library.settings.toml_files import toml_value
 
 logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Given]
-
-# What says where the pictures are: the dataset file does so in the pair.
-_PICTURE_SOURCES = ("train_data_dir", "dataset_config")
 
 
 @dataclass(frozen=True)
@@ -45,25 +41,11 @@ def write_pair(gathered: Gathered, source: Path) -> KohyaPair:
         values = {
             option.name: gathered.given[option.name]
             for option in options_of(group)
-            if option.name in gathered.given and option.name not in _PICTURE_SOURCES
+            if option.name in gathered.given and option.name not in PICTURE_SOURCES
         }
         if values:
             train_args += ["", f"[{heading}]", *_lines(values)]
     return KohyaPair("\n".join(train_args) + "\n", "\n".join([head, *_dataset_lines(_tables(gathered))]) + "\n")
-
-
-def toml_value(value: Any) -> str:
-    """A setting's value as TOML; an unset one is an empty text."""
-    if value is None:
-        return '""'
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, tuple | list):
-        return f"[{', '.join(map(toml_value, value))}]"
-    # A JSON text is a TOML one but for the character 127.
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _unmapped_lines(gathered: Gathered) -> list[str]:
@@ -73,44 +55,48 @@ def _unmapped_lines(gathered: Gathered) -> list[str]:
 
 
 def _lines(values: Values, indent: str = "") -> list[str]:
-    return [f"{indent}{name} = {toml_value(given.value)}  # {_origin(given)}" for name, given in values.items()]
+    return [indent + _line(name, given) for name, given in values.items()]
 
 
-def _origin(given: Given) -> str:
-    return given.source if given.source == DEFAULT_SOURCE else given.label
+def _line(name: str, given: Given) -> str:
+    """`name = value  # what it was written as`; an unset value is an empty text, and a secret is not copied."""
+    origin = given.source if given.source == DEFAULT_SOURCE else given.label
+    if isinstance(given.value, Secret):
+        return f"# {name}: give it again; secrets are not copied  # {origin}"
+    return f"{name} = {toml_value('' if given.value is None else given.value)}  # {origin}"
 
 
 def _tables(gathered: Gathered) -> DatasetTables:
     """The dataset tables, with what lies below them: values for all datasets that stand outside."""
-    fallback = {name: gathered.given[name] for name in _dataset_names() if name in gathered.given}
-    if gathered.tables is None:
-        return _tables_of_folder(gathered.given["train_data_dir"], fallback)
-    general = {**fallback, **gathered.tables.general}
-    return DatasetTables(general, gathered.tables.datasets)
-
-
-def _tables_of_folder(folder: Given, fallback: Values) -> DatasetTables:
-    """One dataset with a subset for each folder of pictures; for the folder itself where it is not on this machine."""
+    fallback = {name: gathered.given[name] for name in shared_dataset_options() if name in gathered.given}
+    if gathered.tables is not None:
+        return DatasetTables({**fallback, **gathered.tables.general}, gathered.tables.datasets)
     own = {name: given for name, given in fallback.items() if name in dataset_options()}
     general = {name: given for name, given in fallback.items() if name not in own}
     repeats = general.pop("num_repeats", Given(1, DEFAULT_SOURCE, "num_repeats"))
-    try:
-        found = dataset_from_folder(folder.value, fallback).subsets
-    except DataError as error:
-        logger.warning("%s: %s: %s; the dataset file names this folder alone", folder.source, folder.label, error)
-        found = (SubsetSettings(image_dir=folder.value, num_repeats=repeats.value),)
-    subsets = tuple(_subset(subset, folder, general, repeats) for subset in found)
+    subsets = tuple(_subset(subset, gathered, general, repeats) for subset in _found(gathered, repeats.value))
     return DatasetTables(general, (DatasetTable(own, subsets),))
 
 
-def _subset(subset: SubsetSettings, folder: Given, general: Values, repeats: Given) -> Values:
-    """What a folder's subset has of its own: the folder, its repeats, and what else its name says."""
+def _found(gathered: Gathered, repeats: int) -> tuple[SubsetSettings, ...]:
+    """A subset for each folder of pictures; for the folder itself where it is not on this machine."""
+    problems: list[str] = []
+    datasets = datasets_from(gathered, problems)
+    if datasets:
+        return datasets[0].subsets
+    logger.warning("%s; the dataset file names this folder alone", "; ".join(problems))
+    return (SubsetSettings(image_dir=gathered.given["train_data_dir"].value, num_repeats=repeats),)
+
+
+def _subset(subset: SubsetSettings, gathered: Gathered, general: Values, repeats: Given) -> Values:
+    """What a folder's subset has of its own: the folder, its repeats, and what else follows from where it lies."""
+    folder = gathered.given["reg_data_dir" if subset.is_reg else "train_data_dir"]
     values = {"image_dir": Given(subset.image_dir, folder.source, folder.label), "num_repeats": repeats}
     for option in options_of(SubsetSettings):
         value = getattr(subset, option.name)
         common = {**general, **values}.get(option.name)
         if value != (common.value if common is not None else option.default):
-            values[option.name] = Given(value, folder.source, "the folder's name")
+            values[option.name] = Given(value, folder.source, "its folder")
     return values
 
 
@@ -121,7 +107,3 @@ def _dataset_lines(tables: DatasetTables) -> list[str]:
         for subset in dataset.subsets:
             lines += ["", "  [[datasets.subsets]]", *_lines(subset, "  ")]
     return lines
-
-
-def _dataset_names() -> Iterable[str]:
-    return [*dataset_options(), *subset_options()]

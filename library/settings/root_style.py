@@ -53,7 +53,7 @@ def is_root_style(entries: Sequence[Entry]) -> bool:
 
 
 def map_root_style(entries: Sequence[Entry], problems: list[str]) -> Mapped:
-    """Renames and computes; unknown keys are added to `problems`, known ones without counterpart are logged once."""
+    """Renames and computes; unknown keys are added to `problems`, known ones that become nothing are told apart."""
     known_names = {*by_spelling(top_level_options()), *FIXED, *REFUSED}
     choices = _Choices(_network_module(entries), _optimizer_type(entries), _saves_states(entries))
     reasons = {entry.label: _reason_unmapped(entry, choices, known_names) for entry in entries}
@@ -70,9 +70,6 @@ def map_root_style(entries: Sequence[Entry], problems: list[str]) -> Mapped:
         else:
             problems.append(f"{entry.source}: unknown setting {label}{_suggestion(entry, known_names)}")
     unmapped = tuple((entry, reason) for entry in entries if (reason := reasons[entry.label]) is not None)
-    for entry, reason in unmapped:
-        if not _is_off(entry.value):
-            logger.warning("%s: %s is not used: %s", entry.source, entry.label, reason)
     if "output.save_every" in written:
         logger.info("output.save_every counts optimizer steps; use save_every_n_epochs to save by epochs")
     defaults = [Entry(name, value, DEFAULT_SOURCE, name) for name, value in DEFAULTS.items()]

@@ -84,12 +84,11 @@ COMPUTED = frozenset(
 WITHOUT_COUNTERPART: dict[str, str] = {
     "training.auto_install": "nothing is installed while training",
     "training.train_parts": "the network's own settings say what is trained",
-    "training.text_cache_size": "cache_text_encoder_outputs keeps every caption's states",
+    "training.text_cache_size": "text_cache_memory_gb says how much text is kept in memory",
     "training.max_token_length": "captions are never cut",
     "lora.lokr_constraint": "LoKr is trained without constraint",
     "lora.lokr_normalize": "LoKr is trained without normalisation",
     "lora.lokr_use_tucker": "Anima has no convolutions to decompose",
-    "dataset.cache_dir": "latents are kept in memory",
     "dataset.max_ar": "min_reso and max_reso bound the aspect ratio",
     "monitor": "losses and memory are watched by this trainer's own settings",
     "wandb": "curves go to TensorBoard",

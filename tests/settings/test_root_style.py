@@ -173,6 +173,15 @@ def test_command_line_wins_over_file_and_defaults(workplace, caplog):
     assert "min_bucket_reso does nothing" not in caplog.text
 
 
+def test_implied_arguments_go_with_what_they_are_for(workplace):
+    lokr = LEAST + "[lora]\nnetwork_type = 'lokr'\n"
+    assert read(workplace, lokr).network.network_args == ("lokr_factor=8",)
+    assert read(workplace, lokr, "--network_module", "networks.lora_anima").network.network_args == ()
+    assert read(workplace, LEAST, "--optimizer_type", "SGDNesterov").optimizer.optimizer_args == ()
+    written = LEAST + "[optimizer]\nweight_decay = 0.5\n"
+    assert "weight_decay=0.5" in read(workplace, written, "--optimizer_type", "AdamW").optimizer.optimizer_args
+
+
 def test_dataset_config_wins_over_the_dataset_table(workplace, caplog):
     (workplace / "d.toml").write_text("[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = 'more'\n")
     settings = read(workplace, LEAST, "--dataset_config", "d.toml")

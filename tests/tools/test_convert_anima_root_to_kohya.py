@@ -165,8 +165,8 @@ def test_the_pair_says_what_came_from_what(workplace):
     )
     assert dataset[first + 1] == "  num_repeats = 3  # dataset.repeats"
     assert dataset[second + 1 : second + 3] == [
-        "  num_repeats = 10  # the folder's name",
-        '  class_tokens = "cat"  # the folder\'s name',
+        "  num_repeats = 10  # its folder",
+        '  class_tokens = "cat"  # its folder',
     ]
     assert dataset[third + 1 :] == ["  num_repeats = 3  # dataset.repeats"]
 
