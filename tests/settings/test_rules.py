@@ -131,13 +131,6 @@ def test_options_with_effect_are_not_warned_of(needed_flags, caplog, words):
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-@pytest.mark.parametrize(("waves", "warns"), [("1", True), ("10", True), ("0.5", False), ("1.5", False)])
-def test_a_cosine_that_ends_above_its_lowest_rate_is_warned_of(needed_flags, caplog, waves, warns):
-    read_settings([*needed_flags, "--lr_scheduler", "cosine", "--lr_scheduler_num_cycles", waves])
-    expected = [f"command line: --lr_scheduler_num_cycles: after {waves} waves"] if warns else []
-    assert [record.getMessage().partition(" the")[0] for record in caplog.records] == expected
-
-
 def test_more_context_rows_than_inference_has_are_warned_of(needed_flags, caplog):
     read_settings([*needed_flags, "--anima_seq_len", "640"])
     assert "short captions get 640 context rows, where inference gives them 512" in caplog.text
