@@ -86,19 +86,26 @@ def _fill(files: TokenizerFiles, sources: Sequence[HubFolder], folder: Path) -> 
     with tempfile.TemporaryDirectory() as scratch:
         fetched = _fetch_first(files, sources, Path(scratch), folder)
         kept = [name for name in (*files.needed, *files.optional) if (folder / name).is_file()]
-        for name in kept:
-            shutil.copyfile(folder / name, fetched / name)
-        try:
-            files.check(fetched)
-        except ModelFileError as error:
-            raise ModelFileError(
-                f"{folder}: its {', '.join(kept)} do not go with the {files.what}, so that nothing was added; give "
-                f"another folder or remove them. {error}"
-            ) from error
-        for file in sorted(fetched.iterdir()):
+        if kept:
+            _check_together(files, fetched, folder, kept)
+        # What is needed comes last: who sees it all in place may read the folder without the lock.
+        for file in sorted(fetched.iterdir(), key=lambda file: (file.name in files.needed, file.name)):
             if file.name not in kept:
                 write_atomically(folder / file.name, partial(shutil.copyfile, file))
     logger.info("the %s is now in %s", files.what, folder)
+
+
+def _check_together(files: TokenizerFiles, fetched: Path, folder: Path, kept: Sequence[str]) -> None:
+    """Puts the kept files over the fetched ones; ModelFileError where they make no tokenizer together."""
+    for name in kept:
+        shutil.copyfile(folder / name, fetched / name)
+    try:
+        files.check(fetched)
+    except ModelFileError as error:
+        raise ModelFileError(
+            f"{folder}: its {', '.join(kept)} do not go with the {files.what}, so that nothing was added; give "
+            f"another folder or remove them. {str(error).removeprefix(f'{fetched}: ')}"
+        ) from error
 
 
 def _fetch_first(files: TokenizerFiles, sources: Sequence[HubFolder], scratch: Path, folder: Path) -> Path:

@@ -423,3 +423,15 @@ def test_failed_downloads_end_a_run_before_models_are_loaded(hubs, tiny_anima, t
     assert main(config(**settings)) == 1
     error = capsys.readouterr().err
     assert "error: " in error and "could not be downloaded" in error and "ModelScope nv-community" in error
+
+
+def test_needed_files_appear_last(hubs, t5, tmp_path, monkeypatch):
+    """Another process may read the folder as soon as they are all there."""
+    put(hubs[0], HF_FOLDER, {**t5, "tokenizer_config.json": b"{}", "special_tokens_map.json": b"{}"})
+    placed = []
+    write = tokenizer_download.write_atomically
+    monkeypatch.setattr(
+        tokenizer_download, "write_atomically", lambda path, copy: (placed.append(path.name), write(path, copy))
+    )
+    provide(tmp_path / "t5")
+    assert placed == ["special_tokens_map.json", "tokenizer_config.json", *NEEDED]
