@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
+from safetensors import safe_open
 
 from anima_train_network import AnimaNetworkTrainer, TrainingInputs, main
 
@@ -134,3 +135,33 @@ def test_the_weight_of_a_sample_multiplies_its_loss(first_step, monkeypatch):
     monkeypatch.setattr(AnimaNetworkTrainer, "prepare", weighted)
     expected = plain.losses * torch.tensor([1.0, 0.5, 0.0, 2.0])
     torch.testing.assert_close(first_step().losses, expected, rtol=1e-6, atol=0)
+
+
+def test_the_metadata_tells_the_objective_as_it_acted(first_step, tmp_path):
+    def told(**settings) -> dict[str, str]:
+        first_step(**settings)
+        with safe_open(tmp_path / "output" / "tiny.safetensors", "pt") as file:
+            return file.metadata()
+
+    plain = told()
+    assert (plain["ss_timestep_sampling"], plain["ss_discrete_flow_shift"]) == ("logit_normal", "3.0")
+    assert (plain["ss_loss_type"], plain["ss_noise_offset"]) == ("l2", "0.0")
+    other = told(timestep_sampling="sigmoid", sigmoid_scale=1.2, noise_offset=0.05, loss_type="huber", max_timestep=900)
+    expected = {
+        "timestep_sampling": "sigmoid", "discrete_flow_shift": "1.0", "sigmoid_scale": "1.2", "noise_offset": "0.05",
+        "loss_type": "huber", "huber_schedule": "snr", "huber_c": "0.1", "max_timestep": "900",
+    }  # fmt: skip
+    assert {name: other[f"ss_{name}"] for name in expected} == expected
+    assert told(timestep_sampling="flux_shift")["ss_discrete_flow_shift"] == "None"
+
+
+def test_showing_timesteps_draws_those_of_the_run_and_trains_nothing(config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
+    path = tmp_path / "pictures" / "t.png"
+    assert main(config(max_train_epochs=2, show_timesteps=path, timestep_sampling="flux_shift")) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    # 4 pictures, 10 repeats, 2 epochs
+    assert "Timesteps of 80 samples, 0.5" in capsys.readouterr().err
+    assert not (tmp_path / "output" / "tiny.safetensors").exists()
+    assert main(config(show_timesteps=tmp_path / "t.txtt")) == 1
+    assert "the picture cannot be written" in capsys.readouterr().err

@@ -61,6 +61,18 @@ def test_multires_noise_equals_its_formula():
             assert sample.square().mean().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_each_level_of_multires_noise_is_weaker_by_the_discount():
+    """Of 4 x 4 latents a channel's mean has the variance (1/16 + d²/4 + d⁴) / rms²: ε, 2 x 2 values, one value.
+
+    2 values enlarged to 4 have the mean square 13/16, so that rms² is 1 + (13/16)² d² + d⁴ on average.
+    """
+    keys = [(0, f"{name}.png", 0) for name in range(300)]
+    d = 0.5
+    means = noise_of(keys, side=4, multires_noise_iterations=9, multires_noise_discount=d).mean(dim=(2, 3, 4))
+    expected = (1 / 16 + d**2 / 4 + d**4) / (1 + (13 / 16) ** 2 * d**2 + d**4)
+    assert means.square().mean().item() == pytest.approx(expected, rel=0.08)  # 4800 values: 2 % standard error
+
+
 def test_multires_noise_correlates_neighbours_and_keeps_its_strength():
     def neighbours(noise):
         return (noise[..., 1:] * noise[..., :-1]).mean().item()
