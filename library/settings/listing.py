@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from library.options import Option, Secret, options_of
-from library.settings.entries import Given
 from library.settings.groups import (
     Settings,
     dataset_options,
@@ -17,6 +16,7 @@ from library.settings.groups import (
     shared_dataset_options,
     subset_options,
 )
+from library.settings.origins import given_at
 from library.settings.toml_files import toml_value
 
 # Where the comments begin; longer lines push theirs to the right.
@@ -104,7 +104,7 @@ def _table_lines(
 
 def _setting(settings: Settings, option: Option, value: Any, prefix: str = "") -> _Setting:
     """prefix: the dataset or subset whose own value is looked for first."""
-    given = _given(settings, option.name, prefix)
+    given = given_at(settings, option.name, prefix)
     if given is not None and isinstance(given.value, Secret):
         return _Setting(option.name, given.value, f"{given.source}; not written to files: give it again")
     if given is None or _plain(given.value) != value:
@@ -114,11 +114,6 @@ def _setting(settings: Settings, option: Option, value: Any, prefix: str = "") -
     spelling = "" if written.rpartition(".")[2] == option.name else f", as {written}"
     replaced = "; its pictures are in the tables below" if option.name in PICTURE_SOURCES else ""
     return _Setting(option.name, value, given.source + spelling + replaced)
-
-
-def _given(settings: Settings, name: str, prefix: str) -> Given | None:
-    levels = [prefix, prefix.partition(".")[0] + ".", "general.", ""] if prefix else [""]
-    return next((settings.given[level + name] for level in levels if level + name in settings.given), None)
 
 
 def _plain(value: Any) -> Any:

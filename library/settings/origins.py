@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from library.settings.entries import Given
 from library.settings.groups import Settings
 
 
-def origin(settings: Settings, name: str, prefix: str = "") -> str:
-    """The setting as its author wrote it, with its source; `prefix` names a dataset or subset to look in first."""
+def given_at(settings: Settings, name: str, prefix: str = "") -> Given | None:
+    """What was given for a setting; `prefix` (datasets[0]. or datasets[0].subsets[1].) names where to look first."""
     levels = [prefix, prefix.partition(".")[0] + ".", "general.", ""] if prefix else [""]
-    for level in levels:
-        if level + name in settings.given:
-            found = settings.given[level + name]
-            return f"{found.source}: {found.label}"
-    return name
+    return next((settings.given[level + name] for level in levels if level + name in settings.given), None)
+
+
+def origin(settings: Settings, name: str, prefix: str = "") -> str:
+    """The setting as its author wrote it, with its source; its name where nobody gave it."""
+    found = given_at(settings, name, prefix)
+    return name if found is None else f"{found.source}: {found.label}"
