@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -48,6 +48,7 @@ from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
 from library.training.interrupts import Interrupted
 from library.training.run import chooses_checkpointing
+from library.training.speed import MOST_FIXED_SHAPES, compile_modules
 from train_network import NetworkTrainer, RunPlan
 
 logger = logging.getLogger("anima_train_network")
@@ -188,7 +189,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         if batch.latents_BCTHW is None:
             latents = self.encode_pixels(batch.pixels_BCHW)
         else:
-            latents = batch.latents_BCTHW.to(self.device, non_blocking=True)
+            latents = to_device(batch.latents_BCTHW, self.device)
         settings, keys, seed = self.settings, batch.keys, self.settings.run.seed
         drawn = draw_timesteps(keys, seed, settings.timesteps, batch.bucket, batch.timestep_offsets)
         weights = batch.loss_weights * timestep_weights(drawn, settings.timesteps.weighting_scheme)
@@ -233,14 +234,13 @@ class AnimaNetworkTrainer(NetworkTrainer):
         errors = errors * inputs.mask_B1HW[:, :, None]
         return errors.mean(dim=(1, 2, 3, 4)) * inputs.weights_B
 
-    def repeated_modules(self) -> Iterable[nn.Module]:
+    def compile_blocks(self, buckets: int) -> None:
+        self.transformer.lengths_vary = buckets > MOST_FIXED_SHAPES
+        compile_modules(self.transformer.blocks, self.transformer.lengths_vary)
         # A frozen LLM adapter runs ahead of the steps, and as it is: compiled it would round otherwise, and a cache's
         # entries depend on that.
-        return (
-            self.transformer.blocks
-            if self.has_frozen_context()
-            else (*self.transformer.blocks, *self.transformer.llm_adapter.blocks)
-        )
+        if not self.has_frozen_context():
+            compile_modules(self.transformer.llm_adapter.blocks, shapes_vary=False)
 
     def capture_obstacle(self) -> str | None:
         if self.network.trains("text_encoder"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +51,7 @@ from library.training.run import DTYPES, planned_steps, starting_state
 from library.training.saving import SAVE_DTYPES, PlannedFiles, epoch_name, is_due, planned_files, step_name
 from library.training.schedule_checks import check_length
 from library.training.schedules import draw_schedule, make_schedule
-from library.training.speed import choose_speed, compile_modules
+from library.training.speed import chooses_compiling, chooses_graphs
 from library.training.states import Resumable, load_state, save_state
 from library.training.trackers import Tracker
 from networks.setup import (
@@ -143,8 +143,8 @@ class NetworkTrainer(ABC):
         """The loss of each sample of one of `prepare`'s results: float32 [B]. Tensor work only: it may be captured."""
 
     @abstractmethod
-    def repeated_modules(self) -> Iterable[nn.Module]:
-        """The modules that a step spends its time in, a few kinds many times over: what is worth compiling."""
+    def compile_blocks(self, buckets: int) -> None:
+        """Has what a step spends its time in compiled, for pictures of that many shapes."""
 
     @abstractmethod
     def render_samples(self, folder: Path, tag: str) -> None:
@@ -188,7 +188,7 @@ class NetworkTrainer(ABC):
             persistent_workers=settings.data.persistent_data_loader_workers,
             announce=self.encode_ahead if settings.data.caches_text else None,
         )  # fmt: skip
-        self.make_parts(total_steps)
+        self.make_parts(total_steps, buckets=len({picture.bucket for picture in pictures}))
         if run.resume is None:
             self.state = starting_state(run, epoch_steps)
             if self.state.step > 0:
@@ -369,7 +369,7 @@ class NetworkTrainer(ABC):
         own = self.settings.network
         return network.prepare_optimizer_params(own.text_encoder_lr, own.unet_lr, self.settings.optimizer.learning_rate)
 
-    def make_parts(self, total_steps: int) -> None:
+    def make_parts(self, total_steps: int, buckets: int) -> None:
         """Optimizer, schedule and loss scale for the attached network, and the way in which steps run."""
         settings = self.settings
         groups = self.parameter_groups(self.network)
@@ -379,13 +379,13 @@ class NetworkTrainer(ABC):
         schedule = make_schedule(settings.schedule, optimizer, total_steps)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parts = Resumable(self.network, optimizer, schedule, scaler)
-        choice = choose_speed(self.settings.speed, self.device, total_steps)
-        obstacle = self.capture_obstacle()
-        logger.info("%s", choice.described(obstacle))
-        if choice.compiles:
-            compile_modules(self.repeated_modules())
-        if choice.captures and obstacle is None:
+        compiles = chooses_compiling(settings.speed, self.device, total_steps)
+        if compiles:
+            self.compile_blocks(buckets)
+        if chooses_graphs(settings.speed, self.device, self.capture_obstacle()):
             self.captured = CapturedBackward(self.losses, self.network.parameters())
+        graphs = "off" if self.captured is None else "on"
+        logger.info("torch_compile %s, cuda_graphs %s", "on" if compiles else "off", graphs)
 
     def capture_obstacle(self) -> str | None:
         """Why the step cannot be recorded; None where it can."""

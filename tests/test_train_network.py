@@ -68,8 +68,8 @@ class ToyTrainer(NetworkTrainer):
 
     encode_ahead = prepare_text
 
-    def repeated_modules(self):
-        return ()
+    def compile_blocks(self, buckets):
+        """It has none."""
 
     def render_samples(self, folder, tag):
         """It has no pictures."""

@@ -7,6 +7,7 @@ matrix product's speed that the step reaches. Without cases, all of CASES run in
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -25,6 +26,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from anima_train_network import AnimaNetworkTrainer
+from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.text_encoding import CaptionStates
 from library.anima_runtime.transformer import AnimaTransformer
@@ -50,6 +52,7 @@ class Case:
     sides: tuple[tuple[int, int], ...] = ((1024, 1024),)
     batch_size: int = 1
     checkpointing: bool = False
+    attention: str = "auto"
     speed: SpeedSettings = SpeedSettings(torch_compile=True, cuda_graphs=True)
 
 
@@ -70,6 +73,7 @@ CASES = {
     "lora_eager": Case(speed=EAGER),
     "lokr_eager": Case(network=LOKR, speed=EAGER),
     "lora_512_eager": Case(sides=((512, 512),), speed=EAGER),
+    "lora_cudnn": Case(attention="cudnn"),
     "lora_compiled": Case(speed=COMPILED),
     "lora_checkpointing_eager": Case(checkpointing=True, speed=EAGER),
 }
@@ -81,6 +85,8 @@ class BenchmarkTrainer(AnimaNetworkTrainer):
     def __init__(self, settings: Settings, accelerator: Accelerator, config: AnimaConfig) -> None:
         super().__init__(settings, accelerator)
         self.config = config
+        backend = settings.model.attention_backend
+        self.attention = choose_attention(backend, config.head_size, self.dtype, self.device)
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         with torch.device("meta"):
@@ -91,8 +97,9 @@ class BenchmarkTrainer(AnimaNetworkTrainer):
             for weight in transformer.parameters():
                 weight.normal_(std=weight.shape[-1] ** -0.5) if weight.ndim > 1 else weight.fill_(1.0)
         transformer.gradient_checkpointing = bool(self.settings.run.gradient_checkpointing)
+        transformer.use_attention(self.attention[1])
         self.transformer = transformer
-        self.text_encoder = SimpleNamespace(encode=self._made_up_states)
+        self.captions = SimpleNamespace(encode=self._made_up_states)
         return transformer, nn.Identity()
 
     def _made_up_states(self, captions: list[str]) -> list[CaptionStates]:
@@ -103,8 +110,8 @@ class BenchmarkTrainer(AnimaNetworkTrainer):
         return [CaptionStates(states, torch.arange(1, 121)) for _ in captions]
 
 
-def benchmark(case: Case, steps: int, warm_up: int, device: torch.device, config: AnimaConfig) -> dict[str, Any]:
-    """Runs one case; ms are of whole steps, from a batch in main memory to the optimizer."""
+def ready_trainer(case: Case, device: torch.device, config: AnimaConfig) -> BenchmarkTrainer:
+    """A trainer with model, network and optimizer in place."""
     settings = case_settings(case, device)
     accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
     trainer = BenchmarkTrainer(settings, accelerator, config)
@@ -113,8 +120,16 @@ def benchmark(case: Case, steps: int, warm_up: int, device: torch.device, config
     trainer.network = create_network(settings.network, module, network_arguments(settings.network, {}), *models)
     trainer.network.to(device).apply_to(None, models[0], False, True)
     trainer.network.train()
-    trainer.make_parts(total_steps=1000)
+    trainer.make_parts(total_steps=1000, buckets=len(case.sides))
+    return trainer
+
+
+def benchmark(case: Case, steps: int, warm_up: int, device: torch.device, config: AnimaConfig) -> dict[str, Any]:
+    """Runs one case; ms are of whole steps, from a batch in main memory to the optimizer."""
+    gc.collect()  # the last case's trainer refers to itself
+    trainer = ready_trainer(case, device, config)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     batches = endless_batches(case, config)
@@ -157,7 +172,8 @@ def case_settings(case: Case, device: torch.device) -> Settings:
     run = RunSettings(mixed_precision=precision, gradient_checkpointing=case.checkpointing)
     optimizer = replace(groups["optimizer"], learning_rate=1e-4)
     network = NetworkSettings(**case.network)
-    changed = {"run": run, "optimizer": optimizer, "network": network, "speed": case.speed}
+    model = replace(groups["model"], anima_attention_backend=case.attention)
+    changed = {"model": model, "run": run, "optimizer": optimizer, "network": network, "speed": case.speed}
     return Settings(**{**groups, **changed}, datasets=(), given={})
 
 
@@ -177,6 +193,8 @@ def endless_batches(case: Case, config: AnimaConfig) -> Iterator[Batch]:
             paths=[Path(name) for name in names],
             bucket=(width, height),
             counted=True,
+            loss_weights=torch.ones(case.batch_size),
+            timestep_offsets=[0] * case.batch_size,
         )
         number += 1
 
@@ -236,7 +254,6 @@ def main() -> int:
         if speed_of_light is not None:
             result["share_of_ceiling"] = round(work / result["ms_in_a_row"] * 1000 / speed_of_light, 3)
             torch._dynamo.reset()
-            torch.cuda.empty_cache()
         show(json.dumps({"case": name, **result}))
     return 0
 

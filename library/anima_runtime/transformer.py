@@ -8,6 +8,7 @@ No autocast is needed, and none should be active.
 from __future__ import annotations
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -71,6 +72,7 @@ class Block(nn.Module):
         self.adaln_modulation_self_attn = _modulation(config, parts=3)
         self.adaln_modulation_cross_attn = _modulation(config, parts=3)
         self.adaln_modulation_mlp = _modulation(config, parts=3)
+        self.recomputes = False
 
     def forward(
         self,
@@ -80,7 +82,24 @@ class Block(nn.Module):
         context_BSD: torch.Tensor,
         rotary: RotaryTables,
     ) -> torch.Tensor:
-        """shared_modulation_BK: shift, scale and gate (K = 3 D) that are added to each branch's own."""
+        """shared_modulation_BK: shift, scale and gate (K = 3 D) that are added to each branch's own.
+
+        With `recomputes` only the inputs are kept for the backward pass. That is decided in here, so that a compiled
+        block knows of it and leaves out what the backward pass does not need.
+        """
+        inputs = x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(self._compute, *inputs, use_reentrant=False)
+        return self._compute(*inputs)
+
+    def _compute(
+        self,
+        x_BLD: torch.Tensor,
+        time_BD: torch.Tensor,
+        shared_modulation_BK: torch.Tensor,
+        context_BSD: torch.Tensor,
+        rotary: RotaryTables,
+    ) -> torch.Tensor:
         stream_dtype, weight_dtype = x_BLD.dtype, context_BSD.dtype
         modulation = self.adaln_modulation_self_attn(time_BD) + shared_modulation_BK
         shift, scale, gate = _parts(modulation, 3, stream_dtype)
@@ -133,13 +152,13 @@ def _modulate(x_BLD: torch.Tensor, shift_B1D: torch.Tensor, scale_B1D: torch.Ten
 class AnimaTransformer(nn.Module):
     """Predicts the velocity of a noisy latent. Build it under torch.device("meta") to load a checkpoint into it.
 
-    gradient_checkpointing: keep only each block's input for the backward pass, and compute the rest again there.
+    lengths_vary: whether blocks that are compiled get one form for all numbers of tokens, rather than one for each.
     """
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False
+        self.lengths_vary = False
         self.x_embedder = PatchEmbedding(config.latent_channels, config.patch_size, config.width)
         self.t_embedder = nn.Sequential(TimeSinusoid(config.width), TimeMLP(config.width))
         self.t_embedding_norm = RMSNorm(config.width)
@@ -151,6 +170,16 @@ class AnimaTransformer(nn.Module):
         """Computes the blocks' attention by `function`; the LLM adapter's, which has masks, stays torch's."""
         for block in self.blocks:
             block.self_attn.attend = block.cross_attn.attend = function
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether only each block's input is kept for the backward pass, and the rest computed again there."""
+        return self.blocks[0].recomputes
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enabled: bool) -> None:
+        for block in self.blocks:
+            block.recomputes = enabled
 
     @property
     def dtype(self) -> torch.dtype:
@@ -173,8 +202,12 @@ class AnimaTransformer(nn.Module):
         time_BD = self.t_embedding_norm(sinusoid_BD).to(dtype)
         rotary = grid_rotary_tables(self._grid(latents_BCTHW.shape), self.config.head_size, latents_BCTHW.device)
         x_BLD = self.x_embedder(latents_BCTHW.to(dtype)).to(residual_dtype(dtype))
+        if self.lengths_vary:
+            torch._dynamo.maybe_mark_dynamic(x_BLD, 1)
+            for table_LK in rotary:
+                torch._dynamo.maybe_mark_dynamic(table_LK, 0)
         for block in self.blocks:
-            x_BLD = self._run(block, x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
+            x_BLD = block(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
         features_BLF = self.final_layer(x_BLD, time_BD, shared_modulation_BK)
         return self._unpatchify(features_BLF.float(), latents_BCTHW.shape)
 
@@ -192,11 +225,6 @@ class AnimaTransformer(nn.Module):
         """
         context_BLD = self.llm_adapter(qwen_states_BSD, qwen_mask_BS, t5_ids_BL, t5_mask_BL)
         return F.pad(context_BLD, (0, 0, 0, max(0, min_length - context_BLD.shape[1])))
-
-    def _run(self, block: nn.Module, *inputs: torch.Tensor | RotaryTables) -> torch.Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def _unpatchify(self, features_BLF: torch.Tensor, shape_BCTHW: torch.Size) -> torch.Tensor:
         """Tokens whose features are ordered (row, column, channel), unlike Patchify's, to (B, C, T, H, W)."""

@@ -1,4 +1,4 @@
-"""A batch's forward and backward pass as one CUDA graph: launched once, instead of thousands of kernels one by one.
+"""A batch's forward and backward pass as one CUDA graph: launched at once, instead of thousands of kernels in turn.
 
 At batch 1 a step of the model is a few thousand kernels of some microseconds each, which a host cannot launch as fast
 as the GPU runs them. A graph holds them for one set of shapes; its inputs are copied into place before each replay.
@@ -6,12 +6,15 @@ as the GPU runs them. A graph holds them for one set of shapes; its inputs are c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 # Runs before a capture, in which compilers and libraries settle on their kernels and workspaces.
 _WARM_UPS = 2
@@ -41,14 +44,29 @@ class CapturedBackward:
             parameter.grad = torch.zeros_like(parameter)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
+        self._works = True
+
+    def release(self) -> None:
+        """Gives the graphs' memory back; each is recorded again when its shapes next come."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle()
+        torch.cuda.empty_cache()
 
     def __call__(self, inputs: Any, share: float) -> Tensor:
         """The sum of the samples' losses times `share`, detached; its gradients are added."""
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if shapes not in self._graphs and len(self._graphs) < MOST_GRAPHS and self._works:
+            try:
+                self._graphs[shapes] = self._capture(inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # what CUDA and torch raise for work that cannot be recorded
+                logger.warning(
+                    "cuda_graphs: this step cannot be recorded, so steps run without: %s", _first_line(error)
+                )
+                self._works = False
         if shapes not in self._graphs:
-            if len(self._graphs) >= MOST_GRAPHS:
-                return self._accumulate(inputs, torch.full((), share, device=inputs[0].device))
-            self._graphs[shapes] = self._capture(inputs)
+            return self._accumulate(inputs, torch.full((), share, device=inputs[0].device))
         captured = self._graphs[shapes]
         for static, given in zip(captured.inputs, inputs, strict=True):
             static.copy_(given)
@@ -77,3 +95,7 @@ class CapturedBackward:
         pairs = [(p.grad, g) for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
         torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
         return loss.detach()
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -193,7 +193,7 @@ def test_gradient_checkpointing_runs_every_block_again_only_when_gradients_are_w
     transformer.gradient_checkpointing = True
     calls = []
     for index, block in enumerate(transformer.blocks):
-        block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+        block.mlp.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
     inputs = make_inputs(transformer.config, 4, 4)
     with torch.no_grad():
         transformer(*inputs)
