@@ -1,0 +1,104 @@
+"""Where pictures come from, and which settings of them go together."""
+
+from pathlib import Path
+
+import pytest
+
+from library.errors import SettingError
+from library.settings import read_settings
+
+
+def lines_of(words):
+    with pytest.raises(SettingError) as caught:
+        read_settings(words)
+    return str(caught.value).splitlines()
+
+
+def dataset_file(text, subset=""):
+    Path("d.toml").write_text(f"[[datasets]]\n{text}\n[[datasets.subsets]]\nimage_dir = 'more'\n{subset}\n")
+    return ["--dataset_config", "d.toml"]
+
+
+def test_regularisation_folders_become_subsets_of_the_same_dataset(needed_flags):
+    Path("reg/2_animal").mkdir(parents=True)
+    Path("more/a.png").rename("reg/2_animal/a.png")
+    (dataset,) = read_settings([*needed_flags, "--reg_data_dir", "reg", "--prior_loss_weight", "0.5"]).datasets
+    found = [(each.image_dir, each.is_reg, each.num_repeats, each.class_tokens) for each in dataset.subsets]
+    assert found == [(Path("train/10_cat"), False, 10, "cat"), (Path("reg/2_animal"), True, 2, "animal")]
+    assert dataset.subsets[1].prior_loss_weight == 0.5
+
+
+def test_a_metadata_file_makes_the_folder_one_subset(needed_flags):
+    (dataset,) = read_settings([*needed_flags, "--in_json", "meta.json", "--dataset_repeats", "3"]).datasets
+    (subset,) = dataset.subsets
+    assert (subset.image_dir, subset.metadata_file, subset.num_repeats) == (Path("train"), Path("meta.json"), 3)
+
+
+def test_a_subset_may_have_a_metadata_file_instead_of_a_folder(model_flags):
+    Path("d.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nmetadata_file = 'meta.jsonl'\n")
+    (dataset,) = read_settings([*model_flags, "--dataset_config", "d.toml"]).datasets
+    assert (dataset.subsets[0].image_dir, dataset.subsets[0].metadata_file) == (None, Path("meta.jsonl"))
+
+
+@pytest.mark.parametrize("resolutions", ["[512, 768]", '["512", 768]', "[[512, 512], [768, 768]]"])
+def test_several_resolutions(model_flags, resolutions):
+    (dataset,) = read_settings([*model_flags, *dataset_file(f"resolutions = {resolutions}")]).datasets
+    assert dataset.sizes == ((512, 512), (768, 768))
+
+
+@pytest.mark.parametrize(
+    ("text", "subset", "words", "message"),
+    [
+        ("", "random_crop = true", ["--cache_latents"],
+         "d.toml:5: datasets.subsets.random_crop: it changes pictures at each use, and cache_latents keeps one form: "
+         "turn one of them off"),
+        ("color_aug = true", "", ["--cache_latents_to_disk"],
+         "d.toml:2: datasets.color_aug: it changes pictures at each use, and cache_latents_to_disk keeps one form: "
+         "turn one of them off"),
+        ("alpha_mask = true", "conditioning_data_dir = 'm'", [],
+         "d.toml:2: datasets.alpha_mask: conditioning_data_dir gives masks as well: keep one of them"),
+        ("", "", ["--masked_loss"],
+         "command line: --masked_loss: there are no masks: give folders conditioning_data_dir or alpha_mask, or turn "
+         "it off"),
+        ("", "alpha_mask = true", ["--no-masked_loss"],
+         "d.toml:5: datasets.subsets.alpha_mask: it gives masks, and masked_loss = false asks for none: remove one of "
+         "them"),
+        ("", "is_reg = true", [],
+         "d.toml:5: datasets.subsets.is_reg: the dataset has no other pictures than regularisation ones"),
+        ("", "", ["--reg_data_dir", "more"],
+         "command line: --reg_data_dir: it belongs to train_data_dir; in dataset tables use is_reg and metadata_file"),
+        ("enable_bucket = true\nresolutions = [512, 1536]", "", [],
+         "d.toml:3: datasets.resolutions: 1536x1536 goes beyond max_bucket_reso, which is 1024: change the one or the "
+         "other"),
+        ("", "face_crop_aug_range = '2.0,4.0'", [], "it needs the places of faces in file names"),
+        ("resolution = [512, 768, 1024]", "", [], "several sizes go into resolutions"),
+        ("", "resolution = 512", [], "resolution does not belong here; put it under [general] or [[datasets]]"),
+        ("metadata_file = 'm.json'", "", [], "metadata_file does not belong here; put it under [[datasets.subsets]]"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together(model_flags, text, subset, words, message):
+    (line,) = lines_of([*model_flags, *dataset_file(text, subset), *words])
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("prior_loss_weight = 0.5", "prior_loss_weight does nothing: no pictures are for regularisation"),
+        ("resolution = 512\nresolutions = [512, 768]", "resolution does nothing: resolutions is set, and wins"),
+        ("validation_split = 0.1", "validation_split does nothing: no validation loss is measured yet"),
+        ("custom_attributes = {a = 1}", "custom_attributes does nothing"),
+        ("cache_info = true", "cache_info does nothing"),
+    ],
+)
+def test_what_does_nothing_is_said(model_flags, caplog, text, reason):
+    read_settings([*model_flags, *dataset_file(text)])
+    assert reason in caplog.text
+
+
+def test_the_example_of_the_page_is_read(model_flags):
+    page = Path(__file__).parents[2] / "docs" / "datasets.md"
+    Path("d.toml").write_text(page.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0])
+    first, second = read_settings([*model_flags, "--dataset_config", "d.toml"]).datasets
+    assert (first.sizes, second.sizes) == (((768, 768), (1024, 1024)), ((832, 1216),))
+    assert [subset.is_reg for subset in first.subsets] == [False, True]
