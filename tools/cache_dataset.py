@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--epochs", type=int, default=1, help="epochs whose captions are encoded; 0 for none")
     parser.add_argument("--no_latents", action="store_true", help="encode captions only")
+    parser.add_argument(
+        "--remove_unused",
+        action="store_true",
+        help="delete cached latents of these folders that are not of these settings: of changed pictures, other sizes",
+    )
     own, words = parser.parse_known_args(argv)
     accelerator = Accelerator(mixed_precision="no")
     show_log_messages(accelerator.is_main_process)
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_seed(settings.run.seed)
         trainer.load_and_attach(plan)
         if not own.no_latents:
-            _cache_pictures(trainer, plan)
+            _cache_pictures(trainer, plan, own.remove_unused)
         if own.epochs > 0:
             _cache_captions(trainer, plan, own.epochs)
     except UserError as error:
@@ -70,11 +75,13 @@ def _cached_to_disk(settings: Settings) -> Settings:
     return replace(settings, data=replace(settings.data, **wanted))
 
 
-def _cache_pictures(trainer: AnimaNetworkTrainer, plan: RunPlan) -> None:
+def _cache_pictures(trainer: AnimaNetworkTrainer, plan: RunPlan, remove_unused: bool) -> None:
     started = time.perf_counter()
     latents = trainer.cached_latents(plan.pictures)
     if trainer.accelerator.is_main_process:
         show(f"pictures: {len(latents)} latents ready in {time.perf_counter() - started:.1f} s")
+        if remove_unused:
+            show(f"pictures: {latents.remove_others()} unused files deleted")
 
 
 def _cache_captions(trainer: AnimaNetworkTrainer, plan: RunPlan, epochs: int) -> None:

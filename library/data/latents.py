@@ -118,6 +118,19 @@ class LatentsOnDisk(Mapping[tuple[str, bool], torch.Tensor]):
             _save(file, latents_CTHW)
         return latents_CTHW
 
+    def remove_others(self) -> int:
+        """Deletes what else is cached for these pictures' folders, and returns how many files that were.
+
+        They belong to pictures that changed or are gone, or to other sizes or VAEs, which another run may need.
+        """
+        used = defaultdict(set)
+        for _, file in self._found.values():
+            used[file.cache].add(file.key)
+        unused = [(cache, key) for cache, keys in used.items() for key in cache.keys() - keys]
+        for cache, key in unused:
+            cache.remove(key)
+        return len(unused)
+
     def __iter__(self) -> Iterator[tuple[str, bool]]:
         return iter(self._found)
 

@@ -264,3 +264,15 @@ def test_caches_of_other_trainers_are_told_and_left_alone(pictures, tmp_path, ca
     cache, _ = Encoder().cache(pictures)
     assert_right(cache, pictures)
     assert caplog.text.count("latents cached by other trainers (.npz)") == 1
+
+
+def test_what_no_picture_uses_can_be_deleted(pictures, tmp_path):
+    encoder = Encoder()
+    Encoder("other").cache(pictures)
+    encoder.cache(pictures)
+    Image.fromarray(np.full((64, 64, 3), 77, np.uint8)).save(pictures[0].path)
+    cache, encoded = encoder.cache(pictures)
+    assert encoded == 1 and len(latent_files(tmp_path)) == 7 + 7 + 1
+    assert cache.remove_others() == 8 and len(latent_files(tmp_path)) == 7
+    assert_right(cache, pictures)
+    assert encoder.cache(pictures)[1] == 0
