@@ -35,6 +35,11 @@ class _Folder:
     subset: SubsetSettings
     pictures: Sequence[Picture]
 
+    @property
+    def files(self) -> Sequence[Picture]:
+        """Each picture once, also where it is trained at several sizes."""
+        return list({picture.path: picture for picture in self.pictures}.values())
+
 
 def describe_data(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -> dict[str, Any]:
     """JSON-ready values of Kohya's metadata keys without their "ss_"; of paths only the last name.
@@ -45,17 +50,28 @@ def describe_data(datasets: Sequence[DatasetSettings], pictures: Sequence[Pictur
     folders = _folders(datasets, pictures)
     every = [folder for own in folders for folder in own]
     return {
-        "num_train_images": sum(picture.repeats for picture in pictures),
+        **_image_counts(pictures),
         "resolution": max((size for dataset in datasets for size in dataset.sizes), key=lambda size: size[0] * size[1]),
         "datasets": [_describe_dataset(dataset, own) for dataset, own in zip(datasets, folders, strict=True)],
-        "dataset_dirs": {
-            folder.name: {"n_repeats": folder.subset.num_repeats, "img_count": len(folder.pictures)} for folder in every
-        },
+        "dataset_dirs": _directories(folder for folder in every if not folder.subset.is_reg),
+        "reg_dataset_dirs": _directories(folder for folder in every if folder.subset.is_reg),
         "tag_frequency": _tag_frequency(every),
         "bucket_info": _bucket_info(pictures),
         **_shared([_dataset_values(dataset) for dataset in datasets], _SHARED_BY_DATASETS),
         **_shared([_subset_values(folder.subset) for folder in every], _SHARED_BY_SUBSETS),
     }
+
+
+def _image_counts(pictures: Iterable[Picture]) -> dict[str, int]:
+    """Uses in an epoch, those of regularisation pictures apart."""
+    counts = Counter({False: 0, True: 0})
+    for picture in pictures:
+        counts[picture.subset.is_reg] += picture.repeats
+    return {"num_train_images": counts[False], "num_reg_images": counts[True]}
+
+
+def _directories(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
+    return {folder.name: {"n_repeats": folder.subset.num_repeats, "img_count": len(folder.files)} for folder in folders}
 
 
 def _folders(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -> list[list[_Folder]]:
@@ -78,10 +94,10 @@ def _describe_dataset(dataset: DatasetSettings, folders: Sequence[_Folder]) -> d
     pictures = [picture for folder in folders for picture in folder.pictures]
     return {
         **_dataset_values(dataset),
-        "num_train_images": sum(picture.repeats for picture in pictures),
+        **_image_counts(pictures),
         "tag_frequency": _tag_frequency(folders),
         "bucket_info": _bucket_info(pictures),
-        "subsets": [{**_subset_values(folder.subset), "img_count": len(folder.pictures)} for folder in folders],
+        "subsets": [{**_subset_values(folder.subset), "img_count": len(folder.files)} for folder in folders],
     }
 
 
@@ -100,7 +116,7 @@ def _tag_frequency(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
     """{folder: {tag: pictures that have it}}, most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
     for folder in folders:
-        for picture in folder.pictures:
+        for picture in folder.files:
             counts.update((folder.name, tag) for tag in _tags(picture.caption, folder.subset))
     frequency: dict[str, dict[str, int]] = defaultdict(dict)
     for (name, tag), count in counts.most_common(_MOST_TAGS):

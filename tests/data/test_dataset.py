@@ -88,6 +88,37 @@ def test_workers_change_nothing(pictures):
     assert summary(fresh.epoch(1)) == expected[1]
 
 
+def test_variants_masks_and_weights_are_the_same_with_workers_and_on_ranks(tmp_path, draw):
+    for index in range(4):
+        draw(f"own/p{index}", (96, 64), "x")
+    for name in ("reg/r0", "masks/p0", "masks/p1", "masks/p2", "masks/p3"):
+        draw(name, (96, 64), "x")
+    own = SubsetSettings(
+        image_dir=tmp_path / "own", num_repeats=2, flip_aug=True, random_crop=True, color_aug=True,
+        conditioning_data_dir=tmp_path / "masks",
+    )  # fmt: skip
+    reg = SubsetSettings(image_dir=tmp_path / "reg", is_reg=True, prior_loss_weight=0.25)
+    dataset = DatasetSettings(resolutions=((64, 64), (32, 32)), subsets=(own, reg))
+    pictures = scan_datasets([dataset], skip_broken=False, show_progress=False)
+
+    def samples(**more):
+        return {
+            key: (weight.item(), mask_1HW.tolist(), pixels_CHW.tolist())
+            for step in TrainingBatches(pictures, [3], seed=1, **more).epoch(0)
+            for batch in step.batches
+            if batch.counted
+            for key, weight, mask_1HW, pixels_CHW in zip(
+                batch.keys, batch.loss_weights, batch.loss_mask_B1HW, batch.pixels_BCHW, strict=True
+            )
+        }
+
+    alone = samples()
+    assert len(alone) == 2 * (8 + 8)
+    assert {weight for weight, _, _ in alone.values()} == {0.25, 1.0}
+    assert samples(workers=2) == alone
+    assert samples(rank=0, world_size=2) | samples(rank=1, world_size=2) == alone
+
+
 def test_persistent_workers_live_on(pictures):
     loader = TrainingBatches(pictures, [2], seed=1, workers=1, persistent_workers=True)
     processes = []

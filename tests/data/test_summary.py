@@ -13,8 +13,8 @@ from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.summary import describe_data
 
 
-def picture(subset, caption="", dataset=0, size=(64, 64), bucket=(64, 64)):
-    path = subset.image_dir / "a.png"
+def picture(subset, caption="", dataset=0, size=(64, 64), bucket=(64, 64), name=None):
+    path = subset.image_dir / f"{name or caption or size}.png"
     return Picture(key="", path=path, caption=caption, size=size, bucket=bucket, dataset=dataset, subset=subset)
 
 
@@ -88,3 +88,22 @@ def test_a_folder_named_by_a_dot_has_its_real_name(tmp_path, monkeypatch):
     subset = SubsetSettings(image_dir=Path())
     told = describe_data([DatasetSettings(subsets=(subset,))], [picture(subset)])
     assert list(told["dataset_dirs"]) == [tmp_path.name]
+
+
+def test_regularisation_pictures_and_several_sizes_are_counted_apart():
+    own = SubsetSettings(image_dir=Path("3_cat"), num_repeats=3)
+    reg = SubsetSettings(image_dir=Path("1_animal"), is_reg=True)
+    dataset = DatasetSettings(resolutions=((64, 64), (96, 96)), subsets=(own, reg))
+    pictures = [picture(own, "a, b", bucket=size) for size in dataset.sizes]
+    pictures += [picture(reg, "a", bucket=size) for size in dataset.sizes]
+    told = describe_data([dataset], pictures)
+    assert (told["num_train_images"], told["num_reg_images"], told["resolution"]) == (6, 2, (96, 96))
+    assert told["dataset_dirs"] == {"3_cat": {"n_repeats": 3, "img_count": 1}}
+    assert told["reg_dataset_dirs"] == {"1_animal": {"n_repeats": 1, "img_count": 1}}
+    assert told["tag_frequency"] == {"3_cat": {"a": 1, "b": 1}, "1_animal": {"a": 1}}
+
+
+def test_a_metadata_file_names_a_subset_without_a_folder():
+    subset = SubsetSettings(metadata_file=Path("/home/alice/captions.json"))
+    told = describe_data([DatasetSettings(subsets=(subset,))], [])
+    assert list(told["dataset_dirs"]) == ["captions.json"] and "alice" not in str(told)
