@@ -12,6 +12,7 @@ from PIL import Image
 from anima_train_network import main as train
 from library.errors import SettingError
 from library.settings import Settings, read_settings
+from library.settings.listing import PICTURE_SOURCES
 from tools.convert_anima_root_to_kohya import main
 
 MODEL = """\
@@ -103,6 +104,7 @@ enable_bucket = false
 image_dir = "more"
 """
 )
+REGULARISATION = MODEL + '[dataset]\ndata_dir = "train"\nreg_data_dir = "more"\nrepeats = 2\nkeep_tokens = 1\n'
 EMPTY_TEXTS = MODEL + '[dataset]\ndata_dir = "train"\n[training]\nresume = ""\nepochs = ""\n[lora]\nlora_rank = "8"\n'
 
 
@@ -126,15 +128,15 @@ def convert(text: str, *words: str) -> int:
 
 
 def comparable(settings: Settings) -> Settings:
-    """Without what only says where a setting was written."""
-    data = dataclasses.replace(settings.data, train_data_dir=None, dataset_config=None)
+    """Without what only says where settings and pictures were named; the datasets hold the pictures."""
+    data = dataclasses.replace(settings.data, **dict.fromkeys(PICTURE_SOURCES))
     return dataclasses.replace(settings, data=data, given={})
 
 
 PAIR = ["--config_file", "kohya_converted/train_args.toml", "--dataset_config", "kohya_converted/dataset.toml"]
 
 
-@pytest.mark.parametrize("text", [FULL, MODEL + '[dataset]\ndata_dir = "train"\n', INLINE, EMPTY_TEXTS])
+@pytest.mark.parametrize("text", [FULL, MODEL + '[dataset]\ndata_dir = "train"\n', INLINE, REGULARISATION, EMPTY_TEXTS])
 def test_the_pair_resolves_to_the_same_settings(workplace, text):
     assert convert(text) == 0
     original, pair = read_settings(["--config_file", "old.toml"]), read_settings(PAIR)
