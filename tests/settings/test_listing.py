@@ -51,10 +51,29 @@ def line_of(text, name):
     return " ".join(line.split())
 
 
+OTHER_DATASETS = """
+[[datasets]]
+resolutions = [64, [64, 96]]
+validation_split = 0.5
+[[datasets.subsets]]
+image_dir = 'more'
+is_reg = true
+prior_loss_weight = 0.5
+conditioning_data_dir = 'train/10_cat'
+[[datasets.subsets]]
+image_dir = 'more'
+metadata_file = 'meta.json'
+timestep_offset = -100
+resize_interpolation = 'area'
+"""
+
 SOURCES = {
     "folder": ["--train_data_dir", "train"],
     "folder with options": ["--train_data_dir", ".", "--num_repeats", "2", "--class_tokens", "x", "--resolution", "64"],
     "datasets": ["--dataset_config", "d.toml"],
+    "other datasets": ["--dataset_config", "e.toml"],
+    "regularisation": ["--train_data_dir", "train", "--reg_data_dir", "more", "--prior_loss_weight", "0.5"],
+    "metadata file": ["--train_data_dir", "more", "--in_json", "meta.json"],
     "every kind of value": [
         "--train_data_dir", "train", "--network_args", "a=1", "b=x,y", "--optimizer_args", "betas=(0.9, 0.99)",
         "--learning_rate", "1e-8", "--max_train_epochs", "3", "--no-train_norm", "--output_name", "x \u3042 'é'",
@@ -67,6 +86,8 @@ SOURCES = {
 @pytest.mark.parametrize("words", SOURCES.values(), ids=SOURCES)
 def test_the_written_file_gives_equal_settings(workplace, model_flags, words):
     (workplace / "d.toml").write_text(DATASETS)
+    (workplace / "e.toml").write_text(OTHER_DATASETS)
+    (workplace / "meta.json").write_text('{"more/a.png": {"caption": "a"}}')
     settings = read_settings([*model_flags, *words])
     again = read_again(workplace, settings)
     assert comparable(again) == comparable(settings)
