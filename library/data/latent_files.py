@@ -36,10 +36,11 @@ class View:
 
 @dataclass(frozen=True)
 class LatentFile:
-    """One entry of a picture folder's cache."""
+    """One entry of a picture folder's cache. content: hash of the picture that it belongs to."""
 
     cache: TensorCache
     key: str
+    content: str
 
     def read(self) -> torch.Tensor | None:
         """latents_CTHW, fp32; None where the file is missing or damaged."""
@@ -73,16 +74,13 @@ class LatentFiles:
         caches = {parent: TensorCache(folder / "latents") for parent, folder in folders.items()}
         by_path = {view.picture.path: folders[view.picture.path.parent] for view in views}
         hashes = hash_pictures(by_path, trust_times, team, show_progress)
-        return [
-            LatentFile(caches[view.picture.path.parent], self._key(view, hashes[view.picture.path])) for view in views
-        ]
+        return [self._file(view, caches[view.picture.path.parent], hashes[view.picture.path]) for view in views]
 
-    def _key(self, view: View, content: str) -> str:
-        width, height = view.picture.bucket
+    def _file(self, view: View, cache: TensorCache, content: str) -> LatentFile:
+        size = "{}x{}".format(*view.picture.bucket)
+        mirroring = "flipped" if view.flipped else ""
         scaling = view.picture.subset.resize_interpolation or ""
-        return cache_key(
-            _VERSION, self.encoder, content, f"{width}x{height}", "flipped" if view.flipped else "", scaling
-        )
+        return LatentFile(cache, cache_key(_VERSION, self.encoder, content, size, mirroring, scaling), content)
 
 
 def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:

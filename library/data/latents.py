@@ -14,14 +14,17 @@ import torch
 from library.console import progress_bar
 from library.data.augment import Variant, load_variant
 from library.data.latent_files import LatentFile, LatentFiles, View, are_there
-from library.data.picture_hashes import cannot_write
+from library.data.picture_hashes import cannot_write, hash_picture
 from library.data.pictures import Picture
 from library.data.team import ALONE, Team
+from library.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 # pixels_BCHW in [-1, 1], fp32 on the CPU -> latents_BCTHW on any device
 Encode = Callable[[torch.Tensor], torch.Tensor]
+# A picture, mirrored or not -> pixels_CHW
+Load = Callable[[View], torch.Tensor]
 
 # (picture key, flipped) -> latents_CTHW, fp32 on the CPU: 1 MiB for a picture of 1024x1024.
 LatentCache = Mapping[tuple[str, bool], torch.Tensor]
@@ -41,11 +44,11 @@ def cache_latents(
     batch_size: pictures, all of one bucket, that are encoded at once. Each process encodes its share and gets the
     others' in exchange.
     """
-    _warn_of_foreign_caches(pictures)
+    _tell_of_foreign_caches(pictures)
     views = _views(pictures)
     own = {}
     with progress_bar(len(team.share(views)), "caching latents", shown=show_progress) as bar:
-        for batch, latents_BCTHW in _encoded(team.share(views), encode, batch_size):
+        for batch, latents_BCTHW in _encoded(team.share(views), _pixels, encode, batch_size):
             own.update(zip([view.key for view in batch], latents_BCTHW, strict=True))
             bar.update(len(batch))
     if team.size == 1:
@@ -71,7 +74,7 @@ def cache_latents_to_disk(
     read, and encoded anew.
     DataError: a picture cannot be read, or a file cannot be written (a full disk); what was written is kept.
     """
-    _warn_of_foreign_caches(pictures)
+    _tell_of_foreign_caches(pictures)
     views = _views(pictures)
     located = list(zip(views, files.locate(views, skip_check, team, show_progress), strict=True))
     file_of = {view.key: file for view, file in located}
@@ -80,10 +83,14 @@ def cache_latents_to_disk(
     there = are_there([file_of[view.key] for view in share], skip_check)
     wanted = [view for view, is_there in zip(share, there, strict=True) if not is_there]
     logger.info("latents on disk: %d of %d found", len(share) - len(wanted), len(share))
+
+    def load(view: View) -> torch.Tensor:
+        return _pixels_of(view, file_of[view.key])
+
     shown, started = show_progress and len(wanted) > 0, time.perf_counter()
     with ThreadPoolExecutor(4) as savers, progress_bar(len(wanted), "caching latents", shown=shown) as bar:
         saving = deque()
-        for batch, latents_BCTHW in _encoded(wanted, encode, batch_size):
+        for batch, latents_BCTHW in _encoded(wanted, load, encode, batch_size):
             saving.append(
                 [
                     savers.submit(_save, file_of[view.key], latents)
@@ -114,7 +121,7 @@ class LatentsOnDisk(Mapping[tuple[str, bool], torch.Tensor]):
         latents_CTHW = file.read()
         if latents_CTHW is None:
             logger.warning("the cached latents of %s are missing or damaged: encoding it again", view.picture.path)
-            (latents_CTHW,) = self._encode(_pixels(view)[None]).detach().to("cpu", torch.float32)
+            (latents_CTHW,) = self._encode(_pixels_of(view, file)[None]).detach().to("cpu", torch.float32)
             _save(file, latents_CTHW)
         return latents_CTHW
 
@@ -146,7 +153,9 @@ def _views(pictures: Sequence[Picture]) -> list[View]:
     ]
 
 
-def _encoded(views: Sequence[View], encode: Encode, batch_size: int) -> Iterator[tuple[list[View], torch.Tensor]]:
+def _encoded(
+    views: Sequence[View], load: Load, encode: Encode, batch_size: int
+) -> Iterator[tuple[list[View], torch.Tensor]]:
     """Each batch with its latents_BCTHW, fp32 on the CPU."""
     by_bucket = defaultdict(list)
     for view in views:
@@ -156,17 +165,17 @@ def _encoded(views: Sequence[View], encode: Encode, batch_size: int) -> Iterator
         for members in by_bucket.values()
         for start in range(0, len(members), batch_size)
     ]
-    for batch, pixels_BCHW in _loaded(batches, ahead=max(2, _PICTURES_AHEAD // batch_size)):
+    for batch, pixels_BCHW in _loaded(batches, load, ahead=max(2, _PICTURES_AHEAD // batch_size)):
         yield batch, encode(pixels_BCHW).detach().to("cpu", torch.float32)
 
 
-def _loaded(batches: Sequence[list[View]], ahead: int) -> Iterator[tuple[list[View], torch.Tensor]]:
+def _loaded(batches: Sequence[list[View]], load: Load, ahead: int) -> Iterator[tuple[list[View], torch.Tensor]]:
     """Each batch with its pixels_BCHW, in order; threads load `ahead` batches ahead, so memory stays bounded."""
     pool = ThreadPoolExecutor()
     try:
         waiting = deque()
         for views in batches:
-            waiting.append((views, [pool.submit(_pixels, view) for view in views]))
+            waiting.append((views, [pool.submit(load, view) for view in views]))
             if len(waiting) > ahead:
                 yield _finished(*waiting.popleft())
         while waiting:
@@ -183,6 +192,14 @@ def _pixels(view: View) -> torch.Tensor:
     return load_variant(view.picture, Variant(view.flipped))
 
 
+def _pixels_of(view: View, file: LatentFile) -> torch.Tensor:
+    """The pixels that belong into the file. DataError: the picture has changed since the file was named for it."""
+    pixels_CHW = _pixels(view)
+    if hash_picture(view.picture.path) != file.content:
+        raise DataError(f"picture {view.picture.path} has changed since this run began: start it again")
+    return pixels_CHW
+
+
 def _save(file: LatentFile, latents_CTHW: torch.Tensor) -> None:
     try:
         file.write(latents_CTHW)
@@ -195,7 +212,7 @@ def _finish(saving: Sequence[Future[None]]) -> None:
         saved.result()
 
 
-def _warn_of_foreign_caches(pictures: Sequence[Picture]) -> None:
+def _tell_of_foreign_caches(pictures: Sequence[Picture]) -> None:
     """Kohya's scripts leave .npz files beside the pictures; those say too little of how they were made to be used."""
     folders: list[Path] = list(dict.fromkeys(picture.path.parent for picture in pictures))
     having = [folder for folder in folders if next(folder.glob("*.npz"), None) is not None]

@@ -64,13 +64,14 @@ def _hash_all(paths: Sequence[Path], show_progress: bool) -> list[tuple[Path, st
     shown = show_progress and len(paths) > 0
     with ThreadPoolExecutor() as pool, progress_bar(len(paths), "hashing pictures", shown=shown) as bar:
         hashed = []
-        for path, content_hash in zip(paths, pool.map(_hash, paths), strict=True):
+        for path, content_hash in zip(paths, pool.map(hash_picture, paths), strict=True):
             hashed.append((path, content_hash))
             bar.update()
     return hashed
 
 
-def _hash(path: Path) -> str:
+def hash_picture(path: Path) -> str:
+    """32 hex digits that follow from the file's content. DataError: it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         with path.open("rb") as file:

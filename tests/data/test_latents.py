@@ -276,3 +276,15 @@ def test_what_no_picture_uses_can_be_deleted(pictures, tmp_path):
     assert cache.remove_others() == 8 and len(latent_files(tmp_path)) == 7
     assert_right(cache, pictures)
     assert encoder.cache(pictures)[1] == 0
+
+
+def test_a_picture_changed_during_the_run_gets_into_no_cache(pictures, tmp_path):
+    """Its file would bear the old picture's name."""
+    cache, _ = Encoder().cache(pictures)
+    Image.fromarray(np.full((64, 64, 3), 77, np.uint8)).save(pictures[0].path)
+    assert cache[pictures[0].key, False] is not None  # what the run began with
+    for path in latent_files(tmp_path):
+        path.unlink()
+    with pytest.raises(DataError, match=r"0\.png has changed since this run began: start it again"):
+        cache[pictures[0].key, False]
+    assert latent_files(tmp_path) == []

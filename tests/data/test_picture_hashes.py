@@ -19,8 +19,8 @@ from library.errors import DataError
 def read(monkeypatch):
     """The names of the files that were read."""
     names = []
-    original = picture_hashes._hash
-    monkeypatch.setattr(picture_hashes, "_hash", lambda path: names.append(path.name) or original(path))
+    original = picture_hashes.hash_picture
+    monkeypatch.setattr(picture_hashes, "hash_picture", lambda path: names.append(path.name) or original(path))
     return names
 
 
