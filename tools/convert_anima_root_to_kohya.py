@@ -58,7 +58,7 @@ def convert(arguments: argparse.Namespace) -> None:
         write_atomically(path, lambda file, text=text: file.write_text(text, encoding="utf-8"))
         show(f"wrote {path}")
     for entry, reason in gathered.unmapped:
-        show(f"not mapped: {entry}: {reason}")
+        show(f"not mapped: {entry.source}: {entry.label}: {reason}")
     show(f"train with: accelerate launch anima_train_network.py --config_file {train_args} --dataset_config {dataset}")
 
 

@@ -49,9 +49,10 @@ def write_pair(gathered: Gathered, source: Path) -> KohyaPair:
 
 
 def _unmapped_lines(gathered: Gathered) -> list[str]:
+    """Names without values, of which one may be a key to a service."""
     if not gathered.unmapped:
         return []
-    return ["# Not mapped:", *(f"#   {entry.label} = {entry.value!r}: {why}" for entry, why in gathered.unmapped)]
+    return ["# Not mapped:", *(f"#   {entry.label}: {why}" for entry, why in gathered.unmapped)]
 
 
 def _lines(values: Values, indent: str = "") -> list[str]:
@@ -90,7 +91,8 @@ def _found(gathered: Gathered, repeats: int) -> tuple[SubsetSettings, ...]:
 
 def _subset(subset: SubsetSettings, gathered: Gathered, general: Values, repeats: Given) -> Values:
     """What a folder's subset has of its own: the folder, its repeats, and what else follows from where it lies."""
-    folder = gathered.given["reg_data_dir" if subset.is_reg else "train_data_dir"]
+    is_other = subset.is_reg and "reg_data_dir" in gathered.given
+    folder = gathered.given["reg_data_dir" if is_other else "train_data_dir"]
     values = {"image_dir": Given(subset.image_dir, folder.source, folder.label), "num_repeats": repeats}
     for option in options_of(SubsetSettings):
         value = getattr(subset, option.name)

@@ -157,8 +157,8 @@ def test_the_pair_says_what_came_from_what(workplace):
         "  # optimizer.beta2, optimizer.weight_decay",
         "network_dropout = 0.0  # root-style default",
         "save_every_n_steps = 200  # output.save_every",
-        "#   training.auto_install = True: nothing is installed while training",
-        "#   lora.lokr_constraint = 0.0: LoKr is trained without constraint",
+        "#   training.auto_install: nothing is installed while training",
+        "#   lora.lokr_constraint: LoKr is trained without constraint",
     ):
         assert line in train_args
     first, second, third = (
@@ -178,9 +178,17 @@ def test_what_is_not_mapped_is_listed(workplace, capsys):
     out = capsys.readouterr().out
     lines = FULL.splitlines()
     install, constraint = lines.index("auto_install = true") + 1, lines.index("lokr_constraint = 0.0") + 1
-    assert f"not mapped: old.toml:{install}: training.auto_install = True: nothing is installed while training" in out
-    assert f"not mapped: old.toml:{constraint}: lora.lokr_constraint = 0.0: LoKr is trained without constraint" in out
+    assert f"not mapped: old.toml:{install}: training.auto_install: nothing is installed while training" in out
+    assert f"not mapped: old.toml:{constraint}: lora.lokr_constraint: LoKr is trained without constraint" in out
     assert "--config_file kohya_converted/train_args.toml --dataset_config kohya_converted/dataset.toml" in out
+
+
+def test_keys_to_services_are_not_shown(workplace, capsys):
+    assert convert(FULL + "[wandb]\napi_key = 'hush'\n") == 0
+    train_args = Path("kohya_converted/train_args.toml").read_text(encoding="utf-8")
+    assert "#   wandb.api_key: " in train_args
+    said = capsys.readouterr()
+    assert not any("hush" in text for text in (train_args, said.out, said.err))
 
 
 def test_names_folder_and_overwriting(workplace, capsys):
