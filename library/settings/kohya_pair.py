@@ -75,18 +75,19 @@ def _tables(gathered: Gathered) -> DatasetTables:
     own = {name: given for name, given in fallback.items() if name in dataset_options()}
     general = {name: given for name, given in fallback.items() if name not in own}
     repeats = general.pop("num_repeats", Given(1, DEFAULT_SOURCE, "num_repeats"))
-    subsets = tuple(_subset(subset, gathered, general, repeats) for subset in _found(gathered, repeats.value))
+    subsets = tuple(_subset(subset, gathered, general, repeats) for subset in _found(gathered, general, repeats))
     return DatasetTables(general, (DatasetTable(own, subsets),))
 
 
-def _found(gathered: Gathered, repeats: int) -> tuple[SubsetSettings, ...]:
+def _found(gathered: Gathered, general: Values, repeats: Given) -> tuple[SubsetSettings, ...]:
     """A subset for each folder of pictures; for the folder itself where it is not on this machine."""
     problems: list[str] = []
     datasets = datasets_from(gathered, problems)
     if datasets:
         return datasets[0].subsets
     logger.warning("%s; the dataset file names this folder alone", "; ".join(problems))
-    return (SubsetSettings(image_dir=gathered.given["train_data_dir"].value, num_repeats=repeats),)
+    common = {name: given.value for name, given in general.items()}
+    return (SubsetSettings(**common, image_dir=gathered.given["train_data_dir"].value, num_repeats=repeats.value),)
 
 
 def _subset(subset: SubsetSettings, gathered: Gathered, general: Values, repeats: Given) -> Values:

@@ -235,7 +235,8 @@ def test_pictures_of_another_machine_are_named_as_one_folder(workplace, capsys):
     assert convert(FULL.replace('"train"', '"/nowhere/pictures"')) == 0
     assert "/nowhere/pictures does not exist" in capsys.readouterr().err
     dataset = Path("kohya_converted/dataset.toml").read_text(encoding="utf-8")
-    assert '  image_dir = "/nowhere/pictures"  # dataset.data_dir\n  num_repeats = 3  # dataset.repeats\n' in dataset
+    subset = '  image_dir = "/nowhere/pictures"  # dataset.data_dir\n  num_repeats = 3  # dataset.repeats\n'
+    assert dataset.endswith(f"[[datasets.subsets]]\n{subset}")
     with pytest.raises(SettingError, match="nowhere"):
         read_settings(["--config_file", "old.toml"])
 
