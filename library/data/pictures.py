@@ -96,12 +96,14 @@ def balance(pictures: Sequence[Picture]) -> list[Picture]:
     if not regular or not wanted:
         return list(pictures)
     taken: list[Picture] = []
-    while regular and wanted > 0:
-        taken.append(regular.pop(0))
-        wanted -= taken[-1].repeats
-    if regular:
-        names = listed([str(picture.path) for picture in regular])
-        logger.warning("%d regularisation pictures are more than needed, and are not used:\n%s", len(regular), names)
+    for picture in regular:
+        if wanted > 0:
+            taken.append(picture)
+            wanted -= picture.repeats
+    if unused := [str(picture.path) for picture in regular[len(taken) :]]:
+        logger.warning(
+            "%d regularisation pictures are more than needed, and are not used:\n%s", len(unused), listed(unused)
+        )
     rounds, one_more = divmod(max(0, wanted), len(taken))
     extra = {picture.key: rounds + (number < one_more) for number, picture in enumerate(taken)}
     others = (picture for picture in pictures if not picture.subset.is_reg or picture.key in extra)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,17 @@ def _captions(paths: Sequence[Path], subset: SubsetSettings) -> list[str | None]
 
 def _from_metadata(subset: SubsetSettings) -> list[_Listed]:
     entries = read_metadata_file(subset.metadata_file, subset.image_dir)
+    if not entries:
+        raise DataError(f"metadata_file {subset.metadata_file} names no pictures")
     absent = [entry.name for entry in entries if entry.path is None]
-    if absent or not entries:
+    if absent:
         raise DataError(
             f"metadata_file {subset.metadata_file} names {len(absent)} pictures that are not there, of {len(entries)}: "
             f"put them below image_dir, or take them out\n{listed(absent)}"
         )
+    twice = [str(path) for path, count in Counter(entry.path for entry in entries).items() if count > 1]
+    if twice:
+        raise DataError(f"metadata_file {subset.metadata_file} names pictures twice; keep one each\n{listed(twice)}")
     _warn_of_unnamed(entries, subset)
     captions = [entry.whole_caption(subset.caption_separator) for entry in entries]
     missing = [entry.name for entry, caption in zip(entries, captions, strict=True) if caption is None]

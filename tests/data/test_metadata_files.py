@@ -115,5 +115,10 @@ def test_pictures_that_are_not_there_are_named(tmp_path, folder):
 
 
 def test_an_empty_file_is_an_error(tmp_path, folder):
-    with pytest.raises(DataError, match="names 0 pictures"):
+    with pytest.raises(DataError, match=r"m\.json names no pictures"):
         scan(folder, write_json(tmp_path / "m.json", {}))
+
+
+def test_a_picture_named_twice_is_an_error(tmp_path, folder):
+    with pytest.raises(DataError, match=r"names pictures twice(?s:.)*a\.png"):
+        scan(folder, write_json(tmp_path / "m.json", {"a": {}, "a.png": {}, "c": {}}))
