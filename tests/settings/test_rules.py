@@ -31,8 +31,10 @@ def test_model_paths_that_do_not_fit(workplace):
 
 
 def below_and_above():
+    options = by_spelling(top_level_options())
     for name, (least, greatest) in RANGES.items():
-        yield name, least - 1
+        below = least - 1
+        yield name, -1 if below == 0 and options[name].zero_is_unset else below
         if greatest is not None:
             yield name, greatest + 1
 
@@ -47,7 +49,8 @@ def test_every_number_has_a_range_or_needs_none():
     numbers = {
         option.name
         for option in by_spelling(top_level_options()).values()
-        if ("int" in str(option.type) or "float" in str(option.type)) and option.name != "resolution"
+        if ("int" in str(option.type) or "float" in str(option.type))
+        and option.name not in ("resolution", "resolutions")
     }
     assert numbers - RANGES.keys() == {"base_weights_multiplier"}
 
