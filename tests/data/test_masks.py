@@ -84,6 +84,13 @@ def test_empty_whole_and_quarter():
     assert torch.equal(mask_weights(quarter), quarter * 4)
 
 
+def test_a_tiny_mask_teaches_less_rather_than_weigh_more():
+    """One of 144 latents would need a weight of 144."""
+    tiny = torch.zeros(12, 12)
+    tiny[3, 4] = 1
+    assert torch.allclose(mask_weights(tiny), tiny / SMALLEST_AREA) and SMALLEST_AREA == 0.05
+
+
 @pytest.fixture
 def masked(tmp_path, draw):
     """scan(**subset): pictures a and b, of which a mask trains the left quarter, or all."""
