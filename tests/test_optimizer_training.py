@@ -62,7 +62,7 @@ def test_the_averaged_weights_are_saved_and_sampled_and_the_trained_ones_kept_in
     assert main(words) == 0
     folder = tmp_path / "output" / "tiny-state"
     trained = load_file(folder / "network.safetensors")
-    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state_dict"]["state"]
     saved = adapter(tmp_path / "output")
     x = saved["diffusion_model.blocks.0.self_attn.q_proj.lora_up.weight"]
     y = trained["blocks.0.self_attn.q_proj.lora_up.weight"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,11 +75,14 @@ class RunState:
     """All that changes as a run goes on, apart from weights and optimizer; saved as readable JSON.
 
     step: optimizer steps done. epoch: the epoch now running, from 0. step_in_epoch: steps of it already done.
+    averages: what the meter has averaged so far. saved_at: when the state was saved, in seconds since 1970.
     """
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    averages: dict[str, float] = field(default_factory=dict)
+    saved_at: float = 0.0
 
     def advance(self, steps_per_epoch: int) -> bool:
         """Counts one optimizer step; True when it was the last of its epoch."""
@@ -90,13 +94,13 @@ class RunState:
         self.step_in_epoch = 0
         return True
 
-    def save(self, path: Path) -> None:
-        """Writes the JSON file."""
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+    def as_dict(self) -> dict[str, Any]:
+        """What run_state.json holds."""
+        return dataclasses.asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> RunState:
-        """Reads what `save` wrote."""
+        """Reads run_state.json."""
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 

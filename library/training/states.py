@@ -1,65 +1,149 @@
 """State folders: everything a run needs to go on exactly where it stopped.
 
-A folder holds network.safetensors (the adapter in float32, internal names), optimizer.pt, schedule.pt, scaler.pt (fp16
-runs), and run_state.json. It appears under its name only when complete.
+A folder holds network.safetensors (the adapter in float32, internal names), optimizer.pt, scaler.pt and a .pt file for
+each other part; for people to read, schedule.json, run_state.json and resume_snapshot.json; and in manifest.json the
+checksums of them all. It appears under its name only when complete.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+import io
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from library.errors import ModelFileError, SettingError, first_ten
 from library.files import folder_written_atomically
+from library.training.checked_files import damage_of, write_checked
+from library.training.host_copy import copy_to_host
+from library.training.optimizer_states import load_optimizer, optimizer_content
 from library.training.run import RunState
+from library.training.schedule_states import load_schedule, schedule_content
+
+logger = logging.getLogger(__name__)
 
 # What the readers of JSON, safetensors and torch files raise for missing, cut or foreign ones.
-_DAMAGED = (OSError, ValueError, TypeError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError)
+
+
+class Stateful(Protocol):
+    """A part of a run that keeps something over its steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it keeps: tensors, numbers and texts in dicts, lists and tuples."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Takes over what `state_dict` gave."""
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """What a state folder saves and gives back."""
+    """What a state folder saves and gives back. others: further parts by the names of their files, without ending."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
+    others: Mapping[str, Stateful] = field(default_factory=dict)
 
 
-def save_state(folder: Path, parts: Resumable, state: RunState) -> None:
-    """Writes the state folder."""
+@dataclass(frozen=True)
+class StateCopy:
+    """A state in main memory, which training no longer changes."""
+
+    network: dict[str, Any]
+    torch_files: dict[str, Any]
+    json_files: dict[str, Any]
+
+
+def copy_state(parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | None = None) -> StateCopy:
+    """The state as it now is. snapshot: what resume_snapshot.json will hold, see `library.training.snapshot`."""
+    torch_parts = {
+        "optimizer": optimizer_content(parts.optimizer, parts.network),
+        "scaler": parts.scaler.state_dict(),
+        **{name: part.state_dict() for name, part in parts.others.items()},
+    }
+    copied = copy_to_host({"network": parts.network.state_dict(), **torch_parts})
+    json_files = {
+        "schedule": schedule_content(parts.schedule),
+        "run_state": replace(state, saved_at=time.time()).as_dict(),
+        "resume_snapshot": copy.deepcopy(dict(snapshot or {})),
+    }
+    return StateCopy(copied.pop("network"), copied, json_files)
+
+
+def write_state(folder: Path, state: StateCopy) -> None:
+    """Writes the state folder and reads it back. OSError where the disk does not take it."""
+    files = {
+        "network.safetensors": safetensors.torch.save(
+            {name: tensor.contiguous() for name, tensor in state.network.items()}
+        ),
+        **{f"{name}.pt": _torch_bytes(content) for name, content in state.torch_files.items()},
+        **{f"{name}.json": _json_bytes(content) for name, content in state.json_files.items()},
+    }
     with folder_written_atomically(folder) as temporary:
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in parts.network.state_dict().items()}
-        save_file(tensors, temporary / "network.safetensors")
-        torch.save(parts.optimizer.state_dict(), temporary / "optimizer.pt")
-        torch.save(parts.schedule.state_dict(), temporary / "schedule.pt")
-        torch.save(parts.scaler.state_dict(), temporary / "scaler.pt")
-        state.save(temporary / "run_state.json")
+        write_checked(temporary, files)
 
 
-def load_state(folder: Path, parts: Resumable) -> RunState:
+def save_state(folder: Path, parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | None = None) -> None:
+    """Copies the state and writes its folder at once."""
+    write_state(folder, copy_state(parts, state, snapshot))
+
+
+def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool = True) -> RunState:
     """Puts weights, optimizer and schedule back and returns the run state.
 
+    The rates are the new run's, at the state's step of its schedule: see `load_schedule`. ignore_optimizer_mismatch: an
+    optimizer of another type or with other arguments starts anew, with a warning, where it otherwise is refused.
     Raises SettingError when the folder is no state or lacks what this run needs, ModelFileError when a file of it is
     damaged, or belongs to a network of other modules or shapes.
     """
-    if not (folder / "run_state.json").is_file():
-        raise SettingError(f"resume: {folder} is not a state folder (it has no run_state.json)")
+    check_is_state(folder)
+    if damage := damage_of(folder):
+        raise _damaged(folder, damage)
     try:
         state = RunState.load(folder / "run_state.json")
-        tensors = load_file(folder / "network.safetensors")
-        optimizer, schedule, scaler = (_load(folder / f"{name}.pt") for name in ("optimizer", "schedule", "scaler"))
+        tensors = safetensors.torch.load_file(folder / "network.safetensors")
+        optimizer, scaler = _load(folder / "optimizer.pt"), _load(folder / "scaler.pt")
+        schedule = json.loads((folder / "schedule.json").read_text(encoding="utf-8"))
+        others = {name: _load(file) for name in parts.others if (file := folder / f"{name}.pt").exists()}
     except _DAMAGED as error:
-        raise ModelFileError(f"resume: the state in {folder} is damaged: {error}; give an earlier one") from error
-    own = {name: tuple(tensor.shape) for name, tensor in parts.network.state_dict().items()}
+        raise _damaged(folder, error) from error
+    _load_network(folder, parts.network, tensors)
+    try:
+        load_optimizer(optimizer, parts.optimizer, parts.network, ignore_optimizer_mismatch)
+        load_schedule(schedule, parts.schedule)
+        # Only fp16 runs have a loss scale: a run that begins to use fp16 starts with the scaler's own first guess.
+        if scaler:
+            parts.scaler.load_state_dict(scaler)
+        for name, content in others.items():
+            parts.others[name].load_state_dict(content)
+    except _DAMAGED as error:
+        raise _damaged(folder, error) from error
+    for name in parts.others.keys() - others.keys():
+        logger.warning("resume: %s has no %s.pt: that part starts anew", folder, name)
+    return state
+
+
+def check_is_state(folder: Path) -> None:
+    """SettingError for a folder without run_state.json."""
+    if not (folder / "run_state.json").is_file():
+        raise SettingError(f"resume: {folder} is not a state folder (…-state): it has no run_state.json")
+
+
+def _load_network(folder: Path, network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if own != theirs:
         different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
@@ -67,13 +151,21 @@ def load_state(folder: Path, parts: Resumable) -> RunState:
             f"resume: the state in {folder} is of another network; these tensors differ or are missing: "
             f"{first_ten(different)}. Use the network_dim, network_module and targets it was trained with."
         )
-    parts.network.load_state_dict(tensors)
-    parts.optimizer.load_state_dict(optimizer)
-    parts.schedule.load_state_dict(schedule)
-    # Only fp16 runs have a loss scale: a run that begins to use fp16 starts with the scaler's own first guess.
-    if scaler:
-        parts.scaler.load_state_dict(scaler)
-    return state
+    network.load_state_dict(tensors)
+
+
+def _damaged(folder: Path, reason: object) -> ModelFileError:
+    return ModelFileError(f"resume: the state in {folder} is damaged: {reason}; give an earlier one")
+
+
+def _torch_bytes(content: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode("utf-8")
 
 
 def _load(path: Path) -> dict[str, Any]:

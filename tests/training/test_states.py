@@ -1,5 +1,8 @@
 """States: what goes in comes out, and a folder is complete or absent."""
 
+import hashlib
+import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from torch import nn
 
 from library.errors import ModelFileError, SettingError
+from library.training import states
 from library.training.run import RunState
 from library.training.states import Resumable, load_state, save_state
 
@@ -41,7 +45,8 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
     assert second.scaler.get_scale() == 4.0
     train(second, 3)
 
-    assert state == RunState(step=2, epoch=1, step_in_epoch=1)
+    assert replace(state, saved_at=0.0) == RunState(step=2, epoch=1, step_in_epoch=1)
+    assert 0 <= time.time() - state.saved_at < 60
     assert second.schedule.get_last_lr() == straight.schedule.get_last_lr()
     for name, tensor in straight.network.state_dict().items():
         assert torch.equal(second.network.state_dict()[name], tensor)
@@ -66,7 +71,7 @@ def test_files_have_ordinary_permissions(tmp_path):
 def test_a_failed_save_leaves_the_old_state_and_no_rubbish(tmp_path, monkeypatch):
     parts = make_parts()
     save_state(tmp_path / "state", parts, RunState(step=1))
-    monkeypatch.setattr(RunState, "save", lambda self, path: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(states, "write_checked", lambda folder, files: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         save_state(tmp_path / "state", parts, RunState(step=2))
     assert RunState.load(tmp_path / "state" / "run_state.json").step == 1
@@ -84,7 +89,9 @@ def test_what_is_no_state_is_refused(tmp_path):
         load_state(tmp_path, make_parts())
 
 
-@pytest.mark.parametrize("name", ["run_state.json", "network.safetensors", "optimizer.pt", "schedule.pt", "scaler.pt"])
+@pytest.mark.parametrize(
+    "name", ["run_state.json", "network.safetensors", "optimizer.pt", "schedule.json", "scaler.pt"]
+)
 @pytest.mark.parametrize("content", [b"", b"xx", b'{"steps": 3}', None])
 def test_a_damaged_state_is_refused_by_name(tmp_path, name, content):
     save_state(tmp_path / "state", make_parts(), RunState())
@@ -103,3 +110,58 @@ def test_a_state_without_a_loss_scale_can_go_on_in_fp16(tmp_path):
     save_state(tmp_path / "state", without_scale, RunState(step=2))
     assert load_state(tmp_path / "state", parts).step == 2
     assert parts.scaler.get_scale() == 8.0
+
+
+def test_every_file_has_its_checksum(tmp_path):
+    save_state(tmp_path / "state", make_parts(), RunState())
+    manifest = json.loads((tmp_path / "state" / "manifest.json").read_text())
+    files = [path for path in (tmp_path / "state").iterdir() if path.name != "manifest.json"]
+    assert set(manifest) == {path.name for path in files}
+    for path in files:
+        content = path.read_bytes()
+        assert manifest[path.name] == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_one_wrong_bit_of_a_weight_is_found(tmp_path):
+    """It would load without complaint."""
+    save_state(tmp_path / "state", make_parts(), RunState())
+    file = tmp_path / "state" / "network.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelFileError, match=r"network\.safetensors is not what was written"):
+        load_state(tmp_path / "state", make_parts())
+
+
+def test_a_state_is_what_was_copied_whatever_training_did_since(tmp_path):
+    parts, other = make_parts(), make_parts()
+    train(parts, 1)
+    weights = {name: tensor.clone() for name, tensor in parts.network.state_dict().items()}
+    moments = parts.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    copied = states.copy_state(parts, RunState(step=1))
+    train(parts, 2)
+    states.write_state(tmp_path / "state", copied)
+    load_state(tmp_path / "state", other)
+    for name, tensor in other.network.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    assert torch.equal(other.optimizer.state_dict()["state"][0]["exp_avg"], moments)
+    assert other.schedule.last_epoch == 1
+
+
+class Counter:
+    def __init__(self, count):
+        self.count = count
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+def test_other_parts_are_saved_by_their_names(tmp_path, caplog):
+    save_state(tmp_path / "state", replace(make_parts(), others={"one": Counter(5)}), RunState())
+    one, two = Counter(0), Counter(0)
+    load_state(tmp_path / "state", replace(make_parts(), others={"one": one, "two": two}))
+    assert (one.count, two.count) == (5, 0)
+    assert "has no two.pt: that part starts anew" in caplog.text

@@ -1,0 +1,37 @@
+"""Copies of what a run holds, in main memory, so that a thread can write them while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def copy_to_host(value: Any) -> Any:
+    """The same nested dicts, lists and tuples with a copy of every tensor in main memory; other values are copied too.
+
+    From a GPU all tensors are copied in one go through pinned memory, which torch keeps for the next time: the call
+    waits for the device once.
+    """
+    copied = _copied(value)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return copied
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _tensor_copied(value.detach())
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def _tensor_copied(tensor: Tensor) -> Tensor:
+    pinned = tensor.is_cuda
+    target = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return target.copy_(tensor, non_blocking=pinned)
