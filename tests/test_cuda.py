@@ -11,6 +11,9 @@ from library.anima_runtime.attention import attend
 from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import load_transformer
 from library.anima_runtime.config import AnimaConfig
+from library.anima_runtime.qwen3 import load_qwen3
+from library.anima_runtime.text_encoding import TextEncoder
+from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.training.optimizers import OptimizerSettings, make_optimizer
 from library.training.speed import SpeedSettings
 from networks import loha_anima, lokr_anima, lora_anima
@@ -138,3 +141,16 @@ def test_no_step_waits_for_the_gpu(real_width_config):
             trainer.step([next(batches)], 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captions_become_the_same_bits_in_any_company_while_qwen_only_visits(tiny_anima, dtype):
+    tokenizers = load_qwen_tokenizer(tiny_anima / "qwen3"), load_t5_tokenizer(tiny_anima / "t5")
+    encoder = TextEncoder(load_qwen3(tiny_anima / "qwen3", dtype, "cuda"), *tokenizers)
+    captions = ["", "a red square", "blue circle, flat colors", "a green triangle on a white sky " * 20] * 3
+    there = encoder.encode(captions)
+    encoder.leave_device()
+    for caption, expected in zip(captions, there, strict=True):
+        (alone,) = encoder.encode([caption])
+        assert alone.qwen_states.device.type == "cuda" and torch.equal(alone.qwen_states, expected.qwen_states)
+    assert {parameter.device.type for parameter in encoder.qwen.parameters()} == {"cpu"}
