@@ -16,12 +16,6 @@ _RENAMED = {"batch_size_per_device": "batch_size"}
 # Modules that can build an adapter for Anima; other names are of networks for other models.
 _MODULES = re.compile(r"networks\.\w+_anima|lycoris\.kohya")
 
-# Never in metadata.
-_NEVER_TOLD = (
-    "the model files: pretrained_model_name_or_path, vae, qwen, t5_tokenizer_dir",
-    "the pictures: set train_data_dir or dataset_config",
-)
-
 
 def kohya_settings(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Settings by name, as a settings file would hold them, and what could not be known or used, a line each.
@@ -30,7 +24,7 @@ def kohya_settings(metadata: Mapping[str, str]) -> tuple[dict[str, Any], list[st
     hash files and the like.
     """
     told: dict[str, Any] = {}
-    untold = [f"{what}{_names(metadata)}" if what.startswith("the model") else what for what in _NEVER_TOLD]
+    untold = [f"the model files{_names(metadata)}", "the pictures: set train_data_dir or dataset_config"]
     options = by_spelling(top_level_options())
     for key, text in metadata.items():
         name = _RENAMED.get(key.removeprefix("ss_"), key.removeprefix("ss_"))
@@ -63,8 +57,10 @@ def _why_not(name: str, text: str) -> str | None:
 
 
 def _names(metadata: Mapping[str, str]) -> str:
+    """What the metadata says of the model files: their names, without folders."""
     known = [metadata[key] for key in ("ss_sd_model_name", "ss_vae_name") if metadata.get(key, "None") != "None"]
-    return f" (they were called {', '.join(known)})" if known else ""
+    called = f" (called {', '.join(known)})" if known else ""
+    return f"{called}: set pretrained_model_name_or_path, vae, qwen, t5_tokenizer_dir"
 
 
 def _arguments(text: str) -> list[str]:
