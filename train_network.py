@@ -53,7 +53,7 @@ from library.training.schedule_checks import check_length
 from library.training.schedules import draw_schedule, make_schedule
 from library.training.speed import chooses_compiling, chooses_graphs
 from library.training.states import Resumable, load_state, save_state
-from library.training.trackers import Tracker
+from library.training.trackers import Tracker, check_trackers
 from networks.setup import (
     Network,
     attach_network,
@@ -217,7 +217,8 @@ class NetworkTrainer(ABC):
             num_processes=processes,
             started_at=started_at,
         )
-        tracker = Tracker(settings.logging, saving.output_name, is_main)
+        config = settings_as_flat_dict(settings, shareable_path)
+        self.tracker = tracker = Tracker(settings.logging, saving.output_name, config, is_main)
         if tracker.folder is not None:
             logger.info("curves: %s", tracker.folder.resolve())
         if settings.sampling.sample_at_first and run.resume is None:
@@ -273,6 +274,7 @@ class NetworkTrainer(ABC):
         settings, run, processes = self.settings, self.settings.run, self.accelerator.num_processes
         problems = Problems(self.known_problems)
         problems.attempt(check_device, run, self.device)
+        problems.attempt(check_trackers, settings.logging)
         module = problems.attempt(import_network_module, settings.network.network_module)
         arguments = problems.attempt(network_arguments, settings.network, settings.given)
         models = self.plan_models(problems)

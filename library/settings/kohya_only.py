@@ -14,8 +14,6 @@ _RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpoint
 _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
 _NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
-_ONE_NAME = "curves are named by output_name and log_prefix"
-_NO_WANDB = "curves go to TensorBoard alone"
 _NO_BOARD = "start TensorBoard yourself: tensorboard --logdir logs"
 _NO_MONITOR = "memory and jumps of the loss are not watched"
 _NO_VALIDATION = "no validation loss is measured"
@@ -66,11 +64,6 @@ NO_EFFECT: dict[str, str] = {
     "console_log_level": _MESSAGES,
     "console_log_file": _MESSAGES,
     "console_log_simple": _MESSAGES,
-    "log_tracker_name": _ONE_NAME,
-    "log_tracker_config": _NO_WANDB,
-    "log_config": "metadata holds every setting already",
-    "wandb_run_name": _NO_WANDB,
-    "wandb_api_key": _NO_WANDB,
     "auto_start_tensorboard": _NO_BOARD,
     "tensorboard_host": _NO_BOARD,
     "tensorboard_port": _NO_BOARD,

@@ -85,8 +85,11 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     elif not (run.initial_step or run.initial_epoch > 1):
         yield "skip_until_initial_step", "neither initial_step nor initial_epoch is set"
     if settings.logging.log_with == "none":
-        yield "logging_dir", "log_with is none"
-        yield "log_prefix", "log_with is none"
+        for name in ("logging_dir", "log_prefix", "log_config", "log_tracker_config"):
+            yield name, "log_with is none"
+    if not settings.logging.uses_wandb:
+        for name in ("log_tracker_name", "wandb_run_name", "wandb_api_key"):
+            yield name, f"log_with is {settings.logging.log_with}"
     if not (sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first):
         yield "sample_prompts", "none of sample_every_n_steps, sample_every_n_epochs and sample_at_first is set"
     if settings.saving.save_state:

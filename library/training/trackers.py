@@ -1,45 +1,155 @@
-"""Where curves go."""
+"""Where a run's curves, pictures and events go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from PIL import Image
 
-from library.options import option
+from library.errors import SettingError
+from library.options import Secret, option
+from library.training.sinks import Sink, TensorBoardCurves, WandbCurves, check_arguments
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LoggingSettings:
     """Curves of loss, learning rate and speed."""
 
-    log_with: str = option("tensorboard", "Where curves go.", choices=("tensorboard", "none"))
+    log_with: str = option(
+        "tensorboard",
+        "Where curves and sample pictures go: tensorboard keeps them on this machine, wandb sends them to wandb.ai "
+        "(pip install wandb), all does both.",
+        choices=("tensorboard", "wandb", "all", "none"),
+    )
     logging_dir: Path = option(Path("logs"), "Folder that gets one folder of curves per run.")
     log_prefix: str | None = option(None, "Start of the run folder's name. Unset: '<output_name>_'.")
     log_every_n_steps: int = option(10, "Steps between two points of a curve.")
+    log_config: bool = option(False, "Show the run's settings beside its curves, in TensorBoard under Text.")
+    log_tracker_name: str | None = option(None, "Project on wandb that the run belongs to. Unset: anima.")
+    log_tracker_config: Path | None = option(
+        None,
+        "TOML file with more for experts: under [wandb] arguments of wandb.init, such as tags or entity, and under "
+        "[tensorboard] those of SummaryWriter, such as flush_secs.",
+    )
+    wandb_run_name: str | None = option(None, "Name of the run on wandb. Unset: that of the run's folder.")
+    wandb_api_key: Secret | None = option(
+        None, "Key of your wandb account. Unset: the one that `wandb login` kept. It is written to no file."
+    )
+
+    @property
+    def uses_tensorboard(self) -> bool:
+        """Whether curves go to TensorBoard."""
+        return self.log_with in ("tensorboard", "all")
+
+    @property
+    def uses_wandb(self) -> bool:
+        """Whether curves go to wandb."""
+        return self.log_with in ("wandb", "all")
+
+
+def check_trackers(settings: LoggingSettings) -> None:
+    """What curves need is there. Raises SettingError for a missing package, and for a file that cannot be used."""
+    if settings.uses_wandb and importlib.util.find_spec("wandb") is None:
+        raise SettingError(
+            f"log_with = {settings.log_with} needs the package wandb: pip install wandb, or set log_with = tensorboard"
+        )
+    tracker_arguments(settings)
+
+
+def tracker_arguments(settings: LoggingSettings) -> dict[str, dict[str, Any]]:
+    """The tables of log_tracker_config that are for what log_with chooses, by their names."""
+    path = settings.log_tracker_config
+    if path is None:
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingError(f"log_tracker_config: {path} cannot be read: {error}") from error
+    used = {"tensorboard": settings.uses_tensorboard, "wandb": settings.uses_wandb}
+    for name, table in tables.items():
+        if name not in used or not isinstance(table, dict):
+            raise SettingError(f"log_tracker_config: {path}: {name} is no table [tensorboard] or [wandb]")
+        if used[name]:
+            try:
+                check_arguments(name, table)
+            except SettingError as error:
+                raise SettingError(f"log_tracker_config: {path}: {error}") from error
+    return {name: table for name, table in tables.items() if used[name]}
 
 
 class Tracker:
-    """Writes scalars to TensorBoard, or nowhere."""
+    """Sends what a run tells to every sink. One that fails is left out from then on, with a warning: the run goes on.
 
-    def __init__(self, settings: LoggingSettings, output_name: str, is_main_process: bool) -> None:
+    folder: the run's own in logging_dir; None on other than the main process, and with log_with none.
+    """
+
+    def __init__(
+        self, settings: LoggingSettings, output_name: str, config: Mapping[str, Any], is_main_process: bool
+    ) -> None:
+        """config: the run's settings, as JSON can hold them."""
         self.folder: Path | None = None
-        self._writer: SummaryWriter | None = None
-        if settings.log_with == "tensorboard" and is_main_process:
-            prefix = f"{output_name}_" if settings.log_prefix is None else settings.log_prefix
-            self.folder = settings.logging_dir / f"{prefix}{datetime.now():%Y%m%d_%H%M%S_%f}"
-            self._writer = SummaryWriter(str(self.folder))
+        self._sinks: list[Sink] = []
+        if settings.log_with == "none" or not is_main_process:
+            return
+        prefix = f"{output_name}_" if settings.log_prefix is None else settings.log_prefix
+        name = f"{prefix}{datetime.now():%Y%m%d_%H%M%S_%f}"
+        self.folder = folder = settings.logging_dir / name
+        arguments = tracker_arguments(settings)
+        config = config if settings.log_config else None
+        if settings.uses_tensorboard:
+            self.add(lambda: TensorBoardCurves(folder, config, arguments.get("tensorboard", {})))
+        if settings.uses_wandb:
+            project, own_name = settings.log_tracker_name or "anima", settings.wandb_run_name or name
+            self.add(
+                lambda: WandbCurves(
+                    folder, project, own_name, settings.wandb_api_key, config, arguments.get("wandb", {})
+                )
+            )
+
+    def add(self, make: Callable[[], Sink]) -> None:
+        """Makes a further sink; a warning where that fails."""
+        try:
+            self._sinks.append(make())
+        except Exception as error:
+            logger.warning("a part of the run's records is left out: %s: %s", type(error).__name__, error)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One point on each named curve."""
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+        self._tell(lambda sink: sink.log(values, step))
+
+    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+        """A picture, in the row of its name: "sample/0"."""
+        self._tell(lambda sink: sink.log_image(name, picture, step))
+
+    def event(self, kind: str, step: int, text: str) -> None:
+        """Something that happened after `step` steps: kind is save, sample, alert or end."""
+        self._tell(lambda sink: sink.event(kind, step, text))
 
     def close(self) -> None:
         """Writes out what is still waiting."""
-        if self._writer is not None:
-            self._writer.close()
+        self._tell(lambda sink: sink.close())
+
+    def _tell(self, call: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                call(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                logger.warning(
+                    "%s stopped, and is left out of the rest of the run: %s: %s",
+                    type(sink).__name__, type(error).__name__, error,
+                )  # fmt: skip

@@ -250,9 +250,8 @@ WARNINGS = {
 
 # Keys of other parts of Kohya's script, tried as soon as they are known.
 NOT_YET_KNOWN = (
-    "caption_dropout_every_n_epochs", "log_config", "log_tracker_config", "log_tracker_name", "wandb_api_key",
-    "wandb_run_name", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps", "save_last_n_steps_state",
-    "secondary_separator",
+    "caption_dropout_every_n_epochs", "save_last_n_epochs", "save_last_n_epochs_state", "save_last_n_steps",
+    "save_last_n_steps_state", "secondary_separator",
 )  # fmt: skip
 
 
