@@ -21,6 +21,7 @@ from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack
 from library.anima_runtime.devices import to_device
 from library.anima_runtime.flow import add_noise, velocity_target
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
+from library.anima_runtime.low_memory import check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.prompts import parse_prompt_lines
 from library.anima_runtime.qwen3 import load_qwen3, plan_qwen3
@@ -104,12 +105,18 @@ class AnimaNetworkTrainer(NetworkTrainer):
         self.prompts = check(parse_prompt_lines, self.settings.sampling.sample_prompts) or []
         if self.config is None or qwen is None:
             return None
+        problems.attempt(check_swap, self.settings.memory, self.config.depth)
         self.attention = choose_attention(model.attention_backend, self.config.head_size, self.dtype, self.device)
         with torch.device("meta"):
             return AnimaTransformer(self.config), qwen
 
+    @property
+    def checkpoints(self) -> bool:
+        """Whether activations are computed again in the backward pass; blocks are swapped for that."""
+        return self.settings.memory.blocks_to_swap > 0 or chooses_checkpointing(self.settings.run, self.device)
+
     def described(self, plan: RunPlan) -> str:
-        checkpointing = "on" if chooses_checkpointing(self.settings.run, self.device) else "off"
+        checkpointing = "on" if self.checkpoints else "off"
         model = f"{self.config.depth} blocks, attention {self.attention[0]}, gradient checkpointing {checkpointing}"
         return f"model: {model}\n{super().described(plan)}"
 
@@ -139,8 +146,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
         )
         self.text_encoder = TextEncoder(load_qwen3(model.qwen, text_dtype, self.device), *tokenizers)
         self.vae = load_vae(model.vae, torch.float32 if model.no_half_vae else self.dtype, self.device)
-        self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, self.device)
-        self.transformer.gradient_checkpointing = chooses_checkpointing(self.settings.run, self.device)
+        place = "cpu" if self.settings.memory.is_used else self.device
+        self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, place)
+        self.transformer.gradient_checkpointing = self.checkpoints
         backend, attend = self.attention
         self.transformer.use_attention(attend)
         logger.info(
@@ -153,6 +161,10 @@ class AnimaNetworkTrainer(NetworkTrainer):
             "on" if self.transformer.gradient_checkpointing else "off",
         )
         return self.transformer, self.text_encoder.qwen
+
+    def place_models(self) -> None:
+        if self.settings.memory.is_used:
+            place_transformer(self.transformer, self.settings.memory, self.device)
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         return self.vae.encode(pixels_BCHW)
@@ -242,7 +254,17 @@ class AnimaNetworkTrainer(NetworkTrainer):
         if not self.has_frozen_context():
             compile_modules(self.transformer.llm_adapter.blocks, shapes_vary=False)
 
+    def compile_obstacle(self) -> str | None:
+        if self.settings.memory.blocks_to_swap:
+            return "blocks_to_swap moves the weights"
+        is_cuda = self.device.type == "cuda"
+        if self.settings.memory.fp8_base and is_cuda and torch.cuda.get_device_capability(self.device) < (8, 9):
+            return "fp8_base needs compute capability 8.9 for that"
+        return None
+
     def capture_obstacle(self) -> str | None:
+        if self.settings.memory.blocks_to_swap:
+            return "blocks_to_swap moves the weights"
         if self.network.trains("text_encoder"):
             return "Qwen3 is trained, and its inputs are of any length"
         return super().capture_obstacle()
@@ -275,6 +297,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             "ss_anima_depth": self.config.depth,
             "ss_anima_attention_backend": self.attention[0],
             "ss_gradient_checkpointing": self.transformer.gradient_checkpointing,
+            "ss_fp8_base": self.settings.memory.fp8_base,
             "ss_timestep_sampling": timesteps.timestep_sampling or base_sampling(timesteps),
             "ss_sigmoid_scale": timesteps.anima_sigmoid_scale,
             "ss_discrete_flow_shift": None if shift_varies else flow_shift(timesteps, (1024, 1024)),

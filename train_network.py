@@ -127,6 +127,10 @@ class NetworkTrainer(ABC):
         """Called when no picture will be encoded any more: frees what only that needed."""
 
     @abstractmethod
+    def place_models(self) -> None:
+        """Called when the network is attached: brings to the device what `load_models` left in main memory."""
+
+    @abstractmethod
     def prepare_text(self, folder: Path) -> None:
         """Called when the network is attached: what it leaves untrained may be cached, between runs in `folder`."""
 
@@ -347,6 +351,7 @@ class NetworkTrainer(ABC):
         attach_network(settings.network, self.network, *models, self.device)
         check_network(settings.network, self.network, settings.data.caches_text)
         prove_loadable(self.network, settings.network.adapter_format, *models)
+        self.place_models()
         self.prepare_text(cache_folder(plan.pictures[0].path.parent, settings.data.cache_dir) / "text")
 
     def cached_latents(self, pictures: Sequence[Picture]) -> LatentCache | None:
@@ -381,13 +386,17 @@ class NetworkTrainer(ABC):
         schedule = make_schedule(settings.schedule, optimizer, total_steps)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.parts = Resumable(self.network, optimizer, schedule, scaler)
-        compiles = chooses_compiling(settings.speed, self.device, total_steps)
+        compiles = chooses_compiling(settings.speed, self.device, total_steps, self.compile_obstacle())
         if compiles:
             self.compile_blocks(buckets)
         if chooses_graphs(settings.speed, self.device, self.capture_obstacle()):
             self.captured = CapturedBackward(self.losses, self.network.parameters())
         graphs = "off" if self.captured is None else "on"
         logger.info("torch_compile %s, cuda_graphs %s", "on" if compiles else "off", graphs)
+
+    def compile_obstacle(self) -> str | None:
+        """Why the blocks cannot be compiled; None where nothing is known against it."""
+        return None
 
     def capture_obstacle(self) -> str | None:
         """Why the step cannot be recorded; None where it can."""

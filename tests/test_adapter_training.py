@@ -221,7 +221,8 @@ def test_samples_are_rendered_without_dropout(config, tiny_anima, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"fp8_base": True}, "fp8_base"),
+        ({"blocks_to_swap": 3}, "blocks_to_swap: 3 is more than the model's 2 blocks"),
+        ({"blocks_to_swap": 1, "gradient_checkpointing": False}, "needs gradient checkpointing"),
         ({"network_module": LYCORIS, "network_args": ["algo=lokr", "dora_wd=true"]}, "dora_wd"),
         ({"network_module": LYCORIS, "train_norm": True}, "train_norm: for this project's network modules only"),
     ],

@@ -58,6 +58,15 @@ def test_a_run_writes_the_adapter_its_steps_and_epochs_with_metadata(config, tmp
     assert list((tmp_path / "logs").glob("tiny_*/events.*"))
 
 
+def test_blocks_in_main_memory_train_the_same_and_8_bit_ones_nearly(config, losses):
+    main(config(max_train_steps=3))
+    main(config(max_train_steps=3, blocks_to_swap=2))
+    assert losses[3:] == losses[:3]
+    main(config(max_train_steps=3, blocks_to_swap=1, fp8_base=True))
+    assert losses[6:] != losses[:3]
+    assert losses[6:] == pytest.approx(losses[:3], rel=0.05)
+
+
 def test_overfitting_two_pictures_halves_the_frozen_models_loss(config, tiny_anima, tmp_path, losses):
     """The same 8 samples with the same noise each step: what the adapter learns shows as a falling loss."""
     folder = tmp_path / "two"

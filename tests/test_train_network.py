@@ -63,6 +63,8 @@ class ToyTrainer(NetworkTrainer):
     def latents_are_cached(self):
         """It has no VAE."""
 
+    place_models = latents_are_cached
+
     def prepare_text(self, folder):
         """It takes captions as they are."""
 

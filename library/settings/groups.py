@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from library.anima_runtime.losses import LossSettings
+from library.anima_runtime.low_memory import MemorySettings
 from library.anima_runtime.noise import NoiseSettings
 from library.anima_runtime.sampling import SampleSettings
 from library.anima_runtime.settings import ModelSettings
@@ -36,6 +37,7 @@ class Settings:
     """
 
     model: ModelSettings
+    memory: MemorySettings
     timesteps: TimestepSettings
     noise: NoiseSettings
     loss: LossSettings

@@ -94,9 +94,6 @@ NO_EFFECT: dict[str, str] = {
 FIXED: dict[str, tuple[Any, ...]] = {
     "save_model_as": ("safetensors",),
     "model_prediction_type": ("raw",),
-    "fp8_base": (False,),
-    "fp8_base_unet": (False,),
-    "blocks_to_swap": (0,),
     "enable_wildcard": (False,),
     "network_multiplier": (1, 1.0),
 }

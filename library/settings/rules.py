@@ -18,6 +18,7 @@ from library.settings.setting_warnings import warn_of_surprises
 # Option -> least and greatest allowed value. An unset option is not checked.
 RANGES: dict[str, tuple[float, float | None]] = {
     "anima_seq_len": (512, None),
+    "blocks_to_swap": (0, None),
     "anima_sigmoid_scale": (1e-3, None),
     "anima_flow_shift": (0.01, 100),
     "logit_mean": (-10, 10),
@@ -80,7 +81,7 @@ def check_settings(settings: Settings) -> list[str]:
     """Every problem of the settings as a whole; what has no effect is logged as a warning."""
     warn_of_surprises(settings)
     rules = (
-        model_files, attention, precision, numbers_in_range, objective, data, buckets, optimizer_problems,
+        model_files, attention, memory, precision, numbers_in_range, objective, data, buckets, optimizer_problems,
         files_to_start_from, samples, output_folders,
     )  # fmt: skip
     problems: list[str] = []
@@ -96,6 +97,13 @@ def wrong_numbers(settings: Settings) -> Iterator[str]:
     """The problems of single numbers and of bucket sides, which come before any use of them."""
     yield from numbers_in_range(settings)
     yield from buckets(settings)
+
+
+def memory(settings: Settings) -> Iterator[str]:
+    """Swapped blocks come back for the backward pass only where they are computed again."""
+    if settings.memory.blocks_to_swap and settings.run.gradient_checkpointing is False:
+        swap, checkpointing = origin(settings, "blocks_to_swap"), origin(settings, "gradient_checkpointing")
+        yield f"{swap}: needs gradient checkpointing, which {checkpointing} turns off; drop one of them"
 
 
 def attention(settings: Settings) -> Iterator[str]:

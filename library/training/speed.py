@@ -39,13 +39,18 @@ class SpeedSettings:
     )
 
 
-def chooses_compiling(settings: SpeedSettings, device: torch.device, total_steps: int) -> bool:
-    """Whether the blocks are compiled: as set, or where it pays; where it cannot work, not, and it is said why."""
+def chooses_compiling(
+    settings: SpeedSettings, device: torch.device, total_steps: int, obstacle: str | None = None
+) -> bool:
+    """Whether the blocks are compiled: as set, or where it pays; where it cannot work, not, and it is said why.
+
+    obstacle: why this run's blocks cannot be, beside what is found by trying.
+    """
     if settings.torch_compile is False:
         return False
     if settings.torch_compile is None and total_steps < STEPS_WORTH_COMPILING:
         return False
-    obstacle = compile_obstacle(device)
+    obstacle = obstacle or compile_obstacle(device)
     if obstacle is None:
         return True
     if settings.torch_compile or device.type == "cuda":

@@ -1,0 +1,171 @@
+"""Training where the whole model does not fit: blocks with 8-bit weights, and blocks that lie in main memory.
+
+Both are for the frozen weights of the transformer's blocks alone, and follow the adapters' attachment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.anima_runtime.transformer import AnimaTransformer
+from library.errors import SettingError
+from library.options import option
+
+_LARGEST_FLOAT8 = 448.0  # of e4m3fn
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What of the model takes less of the card's memory."""
+
+    fp8_base: bool = option(
+        False,
+        "Keep the frozen weights of the blocks in 8 bits (e4m3, a scale for each row): 2 GB less for the full model. "
+        "Products stay in the model's precision; the rounding changes the model a little.",
+        aliases=("fp8_base_unet",),
+    )
+    blocks_to_swap: int = option(
+        0,
+        "So many of the transformer's blocks lie in main memory and come to the card when their turn is: 140 MB less "
+        "for each, and slower steps. Needs gradient_checkpointing.",
+    )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is asked for."""
+        return self.fp8_base or self.blocks_to_swap > 0
+
+
+def check_swap(settings: MemorySettings, depth: int) -> None:
+    """SettingError where more blocks shall be swapped than the model has."""
+    if settings.blocks_to_swap > depth:
+        raise SettingError(f"blocks_to_swap: {settings.blocks_to_swap} is more than the model's {depth} blocks")
+
+
+class Float8Linear(nn.Linear):
+    """A frozen Linear with weights in float8_e4m3fn, multiplied by a scale for each output row."""
+
+    scale_O1: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = _Float8Product.apply(x, self.weight, self.scale_O1)
+        return output if self.bias is None else output + self.bias
+
+
+class _Float8Product(torch.autograd.Function):
+    """x Wᵀ in x's dtype. Only the 8-bit weight is kept for the backward pass, which has a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, scale_O1: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_OI, scale_O1)
+        return F.linear(x, _dequantised(weight_OI, scale_O1, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        return grad_output @ _dequantised(*ctx.saved_tensors, grad_output.dtype), None, None
+
+
+def _dequantised(weight_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight_OI.to(dtype) * scale_O1.to(dtype)
+
+
+@torch.no_grad()
+def quantise_blocks(transformer: AnimaTransformer) -> None:
+    """Rounds the weights of the blocks' Linears to 8 bits, in place: hooks on the Linears stay."""
+    for block in transformer.blocks:
+        for linear in block.modules():
+            if isinstance(linear, nn.Linear):
+                weight = linear.weight.float()
+                scale_O1 = (weight.abs().amax(dim=1, keepdim=True) / _LARGEST_FLOAT8).clamp(min=1e-12)
+                linear.weight = nn.Parameter((weight / scale_O1).to(torch.float8_e4m3fn), requires_grad=False)
+                linear.register_buffer("scale_O1", scale_O1)
+                linear.__class__ = Float8Linear
+
+
+class BlockSwap:
+    """Keeps the last blocks' frozen weights in pinned main memory, and two blocks of them on the device.
+
+    A block's weights arrive before it runs; while it runs, those of the next come, or in the backward pass, where the
+    blocks run once more from last to first, those of the one before. Weights never change, so none are copied back.
+    """
+
+    def __init__(self, transformer: AnimaTransformer, count: int, device: torch.device) -> None:
+        self._first = len(transformer.blocks) - count
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._blocks = [_frozen_tensors(block) for block in transformer.blocks[self._first :]]
+        self._home = [[_pinned(tensor, device) for tensor in tensors] for tensors in self._blocks]
+        self._slots = [[torch.empty_like(home, device=device) for home in self._home[0]] for _ in range(2)]
+        self._arrived: list[torch.cuda.Event | None] = [None, None]
+        self._in_slot: list[int | None] = [None, None]
+        self._last = -1
+        for number, block in enumerate(transformer.blocks[self._first :]):
+            self._give(number, self._home[number])
+            block.register_forward_pre_hook(lambda *_, number=number: self._before(number))
+
+    def _before(self, number: int) -> None:
+        """Has a block's weights in place, and the next one's on their way."""
+        self._fetch(number)
+        arrived = self._arrived[number % 2]
+        if arrived is not None:
+            torch.cuda.current_stream(self._device).wait_event(arrived)
+        backward = 0 < number <= self._last
+        self._last = number
+        following = number - 1 if backward else number + 1
+        if 0 <= following < len(self._blocks):
+            self._fetch(following)
+
+    def _fetch(self, number: int) -> None:
+        """Copies a block's weights into its slot, unless they are there, once what used the slot has run."""
+        slot = number % 2
+        if self._in_slot[slot] == number:
+            return
+        former = self._in_slot[slot]
+        if former is not None:
+            self._give(former, self._home[former])
+        if self._stream is None:
+            self._copy(number, slot)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._copy(number, slot)
+                self._arrived[slot] = self._stream.record_event()
+        self._in_slot[slot] = number
+        self._give(number, self._slots[slot])
+
+    def _copy(self, number: int, slot: int) -> None:
+        for buffer, home in zip(self._slots[slot], self._home[number], strict=True):
+            buffer.copy_(home, non_blocking=True)
+
+    def _give(self, number: int, weights: list[Tensor]) -> None:
+        for tensor, weight in zip(self._blocks[number], weights, strict=True):
+            tensor.data = weight
+
+
+def _frozen_tensors(block: nn.Module) -> list[Tensor]:
+    return [*block.parameters(), *block.buffers()]
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    home = tensor.detach().to("cpu")
+    return home.pin_memory() if device.type == "cuda" else home.clone()
+
+
+def place_transformer(transformer: AnimaTransformer, settings: MemorySettings, device: torch.device) -> None:
+    """Brings a transformer that was loaded into main memory to the device, as far as it shall lie there."""
+    if settings.fp8_base:
+        quantise_blocks(transformer)
+    if settings.blocks_to_swap:
+        BlockSwap(transformer, settings.blocks_to_swap, device)
+    swapped = set(transformer.blocks[len(transformer.blocks) - settings.blocks_to_swap :])
+    for name, child in transformer.named_children():
+        if name != "blocks":
+            child.to(device)
+    for block in transformer.blocks:
+        if block not in swapped:
+            block.to(device)
