@@ -35,6 +35,7 @@ def config(tiny_anima, tmp_path):
             "output_dir": tmp_path / "output",
             "output_name": "tiny",
             "logging_dir": tmp_path / "logs",
+            "auto_start_tensorboard": False,
             "resolution": 64,
             "enable_bucket": True,
             "min_bucket_reso": 32,

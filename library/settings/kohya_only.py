@@ -14,7 +14,6 @@ _RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpoint
 _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
 _NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
-_NO_BOARD = "start TensorBoard yourself: tensorboard --logdir logs"
 _NO_MONITOR = "memory and jumps of the loss are not watched"
 _NO_VALIDATION = "no validation loss is measured"
 _KEEPS_ALL = "every save is kept"
@@ -64,10 +63,6 @@ NO_EFFECT: dict[str, str] = {
     "console_log_level": _MESSAGES,
     "console_log_file": _MESSAGES,
     "console_log_simple": _MESSAGES,
-    "auto_start_tensorboard": _NO_BOARD,
-    "tensorboard_host": _NO_BOARD,
-    "tensorboard_port": _NO_BOARD,
-    "tensorboard_logdir": _NO_BOARD,
     "anima_monitor_memory": _NO_MONITOR,
     "anima_monitor_alert_policy": _NO_MONITOR,
     "anima_monitor_memory_warn_ratio": _NO_MONITOR,

@@ -74,6 +74,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "sample_every_n_steps": (1, None),
     "sample_every_n_epochs": (1, None),
     "log_every_n_steps": (1, None),
+    "tensorboard_port": (1, 65535),
 }
 
 

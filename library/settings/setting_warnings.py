@@ -87,6 +87,11 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     if settings.logging.log_with == "none":
         for name in ("logging_dir", "log_prefix", "log_config", "log_tracker_config"):
             yield name, "log_with is none"
+    if settings.logging.auto_start_tensorboard and not settings.logging.uses_tensorboard:
+        yield "auto_start_tensorboard", f"log_with is {settings.logging.log_with}"
+    if not settings.logging.shows_tensorboard:
+        for name in ("tensorboard_host", "tensorboard_port", "tensorboard_logdir"):
+            yield name, "TensorBoard is not started"
     if not settings.logging.uses_wandb:
         for name in ("log_tracker_name", "wandb_run_name", "wandb_api_key"):
             yield name, f"log_with is {settings.logging.log_with}"

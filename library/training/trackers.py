@@ -16,6 +16,7 @@ from PIL import Image
 from library.errors import SettingError
 from library.options import Secret, option
 from library.training.sinks import Sink, TensorBoardCurves, WandbCurves, check_arguments
+from library.training.tensorboard_server import TensorBoardServer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -49,11 +50,26 @@ class LoggingSettings:
     wandb_api_key: Secret | None = option(
         None, "Key of your wandb account. Unset: the one that `wandb login` kept. It is written to no file."
     )
+    auto_start_tensorboard: bool = option(
+        True, "Start TensorBoard with the run and tell its address; it ends with the run."
+    )
+    tensorboard_host: str = option(
+        "127.0.0.1", "Where TensorBoard can be reached: 127.0.0.1 from this machine alone, 0.0.0.0 from others too."
+    )
+    tensorboard_port: int = option(6006, "Port of TensorBoard; the next free one where it is taken.")
+    tensorboard_logdir: Path | None = option(
+        None, "Folder that TensorBoard shows. Unset: logging_dir, so that runs can be compared."
+    )
 
     @property
     def uses_tensorboard(self) -> bool:
         """Whether curves go to TensorBoard."""
         return self.log_with in ("tensorboard", "all")
+
+    @property
+    def shows_tensorboard(self) -> bool:
+        """Whether TensorBoard is started."""
+        return self.uses_tensorboard and self.auto_start_tensorboard
 
     @property
     def uses_wandb(self) -> bool:
@@ -112,6 +128,9 @@ class Tracker:
         config = config if settings.log_config else None
         if settings.uses_tensorboard:
             self.add(lambda: TensorBoardCurves(folder, config, arguments.get("tensorboard", {})))
+        if settings.shows_tensorboard:
+            shown = settings.tensorboard_logdir or settings.logging_dir
+            self.add(lambda: TensorBoardServer(shown, settings.tensorboard_host, settings.tensorboard_port))
         if settings.uses_wandb:
             project, own_name = settings.log_tracker_name or "anima", settings.wandb_run_name or name
             self.add(

@@ -57,7 +57,8 @@ class FakeWandb:
 @pytest.fixture
 def tracker_for(tmp_path):
     def make(config=None, is_main_process=True, **settings):
-        return Tracker(LoggingSettings(logging_dir=tmp_path, **settings), "tiny", config or {}, is_main_process)
+        own = {"logging_dir": tmp_path, "auto_start_tensorboard": False, **settings}
+        return Tracker(LoggingSettings(**own), "tiny", config or {}, is_main_process)
 
     return make
 
