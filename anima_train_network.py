@@ -48,6 +48,7 @@ from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
 from library.training.interrupts import Interrupted
+from library.training.processes import is_first_to_tell
 from library.training.run import chooses_checkpointing
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
 from train_network import NetworkTrainer, RunPlan
@@ -327,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.info("%s", stop)
         return 130
     except UserError as error:
-        if accelerator.is_main_process:
+        if is_first_to_tell(str(error)):
             show_error(error)
         return 1
     except KeyboardInterrupt:

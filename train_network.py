@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from library.console import progress_bar
@@ -47,7 +47,8 @@ from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
 from library.training.model_hashes import fill_hashes, start_hashing
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
-from library.training.run import DTYPES, planned_steps, starting_state
+from library.training.processes import gather_lists, on_any_process, sum_gradients
+from library.training.run import DTYPES, RunState, planned_steps, starting_state
 from library.training.saving import SAVE_DTYPES, PlannedFiles, epoch_name, is_due, planned_files, step_name
 from library.training.schedule_checks import check_length
 from library.training.schedules import draw_schedule, make_schedule
@@ -100,6 +101,7 @@ class NetworkTrainer(ABC):
         self.device = accelerator.device
         self.dtype = DTYPES[settings.run.precision]
         self.captured: CapturedBackward | None = None
+        self.state = RunState()
 
     # --- hooks: what the model is ---
 
@@ -237,7 +239,6 @@ class NetworkTrainer(ABC):
         with closing(tracker), stop_requests() as stop, self.saving_before_errors(), bar:
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
-                    torch.manual_seed(derive_seed(run.seed, "dropout", self.state.step, self.accelerator.process_index))
                     try:
                         meter.add(self.step(window.batches, window.sample_count))
                     except torch.OutOfMemoryError as error:
@@ -258,7 +259,7 @@ class NetworkTrainer(ABC):
                         self.sample(f"{step:06d}")
                     if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
                         self.sample(f"e{epoch:06d}")
-                    stopping = self.on_any_process(stop.requested)
+                    stopping = on_any_process(stop.requested, self.device)
                     if finished or stopping:
                         break
             logger.info("%s", meter.summary())
@@ -359,7 +360,7 @@ class NetworkTrainer(ABC):
         data, accelerator = self.settings.data, self.accelerator
         if not data.caches_latents:
             return None
-        team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
+        team = Team(accelerator.process_index, accelerator.num_processes, gather_lists)
         common = {"team": team, "show_progress": accelerator.is_main_process}
         if data.cache_latents_to_disk:
             files = LatentFiles(self.latent_identity(), data.cache_dir)
@@ -411,7 +412,11 @@ class NetworkTrainer(ABC):
         """
         parts = self.parts
         mean_loss = torch.zeros((), device=self.device)
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            # The batch's place in the window, whose batches were dealt to the processes in turn: any number of them
+            # drops the same out.
+            place = number * self.accelerator.num_processes + self.accelerator.process_index
+            torch.manual_seed(derive_seed(self.settings.run.seed, "dropout", self.state.step, place))
             share = float(batch.counted) / sample_count
             if self.captured is not None:
                 mean_loss += torch.stack([self.captured(inputs, share) for inputs in self.prepare(batch)]).sum()
@@ -419,8 +424,7 @@ class NetworkTrainer(ABC):
             loss = torch.stack([self.losses(inputs).sum() for inputs in self.prepare(batch)]).sum() * share
             parts.scaler.scale(loss).backward()
             mean_loss += loss.detach()
-        if self.accelerator.num_processes > 1:
-            self.sum_over_processes([p.grad for p in self.network.parameters() if p.grad is not None] + [mean_loss])
+        sum_gradients(self.network.parameters(), [mean_loss])
         parts.scaler.unscale_(parts.optimizer)
         if self.settings.optimizer.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.optimizer.max_grad_norm)
@@ -431,22 +435,6 @@ class NetworkTrainer(ABC):
         parts.schedule.step()
         parts.optimizer.zero_grad(set_to_none=self.captured is None)
         return mean_loss
-
-    @staticmethod
-    def sum_over_processes(tensors: list[Tensor]) -> None:
-        """Replaces each float32 tensor by its sum over all processes, in one exchange."""
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        torch.distributed.all_reduce(flat)
-        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(summed.view_as(tensor))
-
-    def on_any_process(self, flag: bool) -> bool:
-        """Whether `flag` is set on any process: all must leave the loop after the same step, or one waits forever."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor(float(flag), device=self.device)
-        torch.distributed.all_reduce(flags)
-        return flags.item() > 0
 
     def skip_finished_epoch(self, epoch_steps: int) -> None:
         """Starts the next epoch where the running one has no steps left, because it has become shorter."""

@@ -1,31 +1,41 @@
-"""What two processes of a run must agree on, in two real processes."""
+"""Runs of two processes: they train as one does, and end together."""
+
+from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from library.errors import DataError
+from tests.training_runs import TrainingRun, run_group
+from train_network import NetworkTrainer
+
 SCRIPT = """
 import json, sys
-from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
-from anima_train_network import AnimaNetworkTrainer
-from library.training.run import RunSettings
+from library.training.processes import is_first_to_tell, on_any_process, sum_over_processes
 
 accelerator = Accelerator(cpu=True)
-trainer = AnimaNetworkTrainer(SimpleNamespace(run=RunSettings()), accelerator)
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
-trainer.sum_over_processes(gradients)
-seen = [trainer.on_any_process(rank == 1), trainer.on_any_process(False), *(g.unique().tolist() for g in gradients)]
+sum_over_processes(gradients)
+flags = [on_any_process(flag, accelerator.device) for flag in (rank == 1, False)]
+told = [is_first_to_tell(text) for text in ("the same", f"of {rank}")]
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-    json.dump(seen, file)
+    json.dump([flags, [gradient.unique().tolist() for gradient in gradients], told], file)
+accelerator.wait_for_everyone()
 """
 
 
-def test_a_stop_on_one_process_stops_all_and_gradients_are_summed(tmp_path):
+def test_a_stop_on_one_process_stops_all_gradients_are_summed_and_one_tells_what_both_know(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     root = Path(__file__).parents[1]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -35,6 +45,91 @@ def test_a_stop_on_one_process_stops_all_and_gradients_are_summed(tmp_path):
         check=True,
         timeout=120,
     )
-    for rank in (0, 1):
-        seen = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
-        assert seen == [True, False, [3.0], [10.0]]
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    for flags, sums, _ in seen:
+        assert (flags, sums) == ([True, False], [[3.0], [10.0]])
+    same, own = zip(*(told for _, _, told in seen), strict=True)
+    assert sorted(same) == [False, True]
+    assert own == (True, True)
+
+
+def tell_losses() -> None:
+    """Has the trainer say the loss of every step."""
+    step = NetworkTrainer.step
+
+    def telling(self, *arguments):
+        loss = step(self, *arguments)
+        sys.stderr.write(f"\nloss {loss.item()!r}\n")
+        return loss
+
+    NetworkTrainer.step = telling
+
+
+def losses_of(run: TrainingRun) -> list[float]:
+    return [float(line.split()[1]) for line in run.output.splitlines() if line.startswith("loss ")]
+
+
+@pytest.fixture
+def three_pictures(tiny_anima, tmp_path):
+    """5 uses of each of 3 pictures, which differ in size: in batches of 2 they make 9, of which 3 are of one sample."""
+    folder = tmp_path / "train" / "5_subject"
+    folder.mkdir(parents=True)
+    for path in sorted((tiny_anima / "train" / "10_subject").iterdir())[:6]:
+        shutil.copy(path, folder)
+    return folder.parent
+
+
+@pytest.mark.parametrize(
+    ("settings", "accumulation"),
+    [
+        ({}, 1),
+        ({"network_dropout": 0.3, "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}, 1),
+        ({"network_module": "networks.lokr_anima", "network_args": ["module_dropout=0.5"]}, 2),
+    ],
+    ids=["plain", "dropout, caches on disk", "LoKr with skipped modules, accumulated"],
+)
+def test_two_processes_train_as_one_does(config, three_pictures, tmp_path, settings, accumulation):
+    """The last window of each epoch has one batch, and so work for one process only."""
+    common = {"train_data_dir": three_pictures, "train_batch_size": 2, "max_train_epochs": 2, "log_with": "none"}
+    settings = {**common, "learning_rate": 1e-2, **settings}
+    words = config(gradient_accumulation_steps=2 * accumulation, output_dir=tmp_path / "alone", **settings)
+    one = TrainingRun(words, tmp_path / "alone.log", tell_losses)
+    assert one.end() == 0, one.output
+    words = config(gradient_accumulation_steps=accumulation, output_dir=tmp_path / "together", **settings)
+    runs = run_group(words, tmp_path, 2, tell_losses)
+    assert [run.end() for run in runs] == [0, 0], runs[0].output + runs[1].output
+    first, second = map(losses_of, runs)
+    assert len(first) == 2 * -(-9 // (2 * accumulation))
+    assert first == second
+    assert first == pytest.approx(losses_of(one), abs=1e-6)
+    alone, together = (load_file(tmp_path / folder / "tiny.safetensors") for folder in ("alone", "together"))
+    for key, tensor in alone.items():
+        torch.testing.assert_close(together[key], tensor, rtol=1e-4, atol=1e-5)
+    assert "saved" not in runs[1].output
+
+
+def lose_a_picture_on_the_second() -> None:
+    """The second process cannot read a picture of the third step."""
+    step = NetworkTrainer.step
+
+    def failing(self, *arguments):
+        if self.accelerator.process_index == 1 and self.state.step == 2:
+            raise DataError("picture lost.png cannot be read")
+        return step(self, *arguments)
+
+    NetworkTrainer.step = failing
+
+
+def test_one_processs_failure_ends_all_with_its_message_and_a_save(config, tmp_path):
+    runs = run_group(config(max_train_steps=6, log_with="none"), tmp_path, 2, lose_a_picture_on_the_second)
+    assert [run.end() for run in runs] == [1, 1]
+    assert "error: picture lost.png cannot be read" in runs[1].output
+    assert "error: another process of this run has ended; its own message tells why" in runs[0].output
+    assert "Traceback" not in runs[0].output + runs[1].output
+    assert json.loads((tmp_path / "output" / "tiny-step00000002-state" / "run_state.json").read_text())["step"] == 2
+
+
+def test_what_all_processes_find_wrong_is_told_once(config, tmp_path):
+    runs = run_group(config(train_data_dir=tmp_path / "nowhere"), tmp_path, 2)
+    assert [run.end() for run in runs] == [1, 1]
+    assert sum(run.output.count("error: ") for run in runs) == 1
