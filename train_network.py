@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -31,10 +31,11 @@ from library.data.pictures import Picture, scan_datasets
 from library.data.summary import describe_data
 from library.data.team import Team
 from library.errors import Problems, SettingError, UserError
-from library.files import write_atomically
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
+from library.training.adapter_writing import write_adapter
 from library.training.captured import CapturedBackward
+from library.training.host_copy import copy_to_host
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.machine import (
     check_device,
@@ -45,16 +46,29 @@ from library.training.machine import (
 )
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
-from library.training.model_hashes import fill_hashes, start_hashing
+from library.training.model_hashes import start_hashing
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
 from library.training.processes import gather_lists, on_any_process, sum_gradients
+from library.training.requests import SAVE_AND_STOP, SaveRequests
+from library.training.rotation import check_nothing_overwritten, clear_killed_saves
 from library.training.run import DTYPES, RunState, planned_steps, starting_state
-from library.training.saving import SAVE_DTYPES, PlannedFiles, epoch_name, is_due, planned_files, step_name
+from library.training.saver import Saver
+from library.training.saving import (
+    SAVE_DTYPES,
+    PlannedFiles,
+    epoch_name,
+    is_due,
+    planned_files,
+    save_epochs,
+    step_name,
+)
 from library.training.schedule_checks import check_length
 from library.training.schedules import draw_schedule, make_schedule
 from library.training.speed import chooses_compiling, chooses_graphs
-from library.training.states import Resumable, load_state, save_state
+from library.training.states import Resumable, StateCopy, copy_state, load_state, write_state
 from library.training.trackers import Tracker, check_trackers
+from networks.adapter_types import Adapters
+from networks.saving import tensors_to_save
 from networks.setup import (
     Network,
     attach_network,
@@ -101,6 +115,7 @@ class NetworkTrainer(ABC):
         self.device = accelerator.device
         self.dtype = DTYPES[settings.run.precision]
         self.captured: CapturedBackward | None = None
+        self.saver = Saver(settings.saving)
         self.state = RunState()
 
     # --- hooks: what the model is ---
@@ -232,10 +247,13 @@ class NetworkTrainer(ABC):
 
         # Each window of batches makes one optimizer step; saves and states lie between steps.
         logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
-        meter = Meter(self.state.step, self.device)
+        self.meter = meter = Meter(self.state.step, self.device)
+        meter.restore(self.state.averages)
         bar = progress_bar(total_steps, "steps", self.state.step, "step", shown=is_main)
         self.network.train()
         stopping = False
+        requests = SaveRequests(saving.output_dir) if is_main else None
+        epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
         with closing(tracker), stop_requests() as stop, self.saving_before_errors(), bar:
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
@@ -253,13 +271,16 @@ class NetworkTrainer(ABC):
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if not finished and is_due(saving.save_every_n_steps, step):
                         self.save(step_name(saving.output_name, step), with_state=saving.save_state)
-                    if not finished and epoch_ended and is_due(saving.save_every_n_epochs, epoch):
+                    if not finished and epoch_ended and is_due(epochs_between_saves, epoch):
                         self.save(epoch_name(saving.output_name, epoch), with_state=saving.save_state)
                     if is_due(settings.sampling.sample_every_n_steps, step):
                         self.sample(f"{step:06d}")
                     if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
                         self.sample(f"e{epoch:06d}")
-                    stopping = on_any_process(stop.requested, self.device)
+                    request = requests.take() if requests is not None else None
+                    if request is not None:
+                        self.save(step_name(saving.output_name, step), with_state=True)
+                    stopping = on_any_process(stop.requested or request == SAVE_AND_STOP, self.device)
                     if finished or stopping:
                         break
             logger.info("%s", meter.summary())
@@ -267,6 +288,7 @@ class NetworkTrainer(ABC):
                 self.save_interrupted()
             else:
                 self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
+                self.saver.finish()
         if self.state.step < total_steps:
             state = saving.output_dir / f"{step_name(saving.output_name, self.state.step)}-state"
             raise Interrupted(f'stopped at step {self.state.step} of {total_steps}; go on with --resume "{state}"')
@@ -279,6 +301,10 @@ class NetworkTrainer(ABC):
         settings, run, processes = self.settings, self.settings.run, self.accelerator.num_processes
         problems = Problems(self.known_problems)
         problems.attempt(check_device, run, self.device)
+        if self.accelerator.is_main_process:
+            clear_killed_saves(settings.saving)
+        if run.resume is None:
+            problems.attempt(check_nothing_overwritten, settings.saving)
         problems.attempt(check_trackers, settings.logging)
         module = problems.attempt(import_network_module, settings.network.network_module)
         arguments = problems.attempt(network_arguments, settings.network, settings.given)
@@ -449,28 +475,33 @@ class NetworkTrainer(ABC):
     # --- files ---
 
     def save(self, name: str, with_state: bool) -> None:
-        """Writes <name>.safetensors, each further format beside it, and, where asked, the folder <name>-state.
+        """Has <name>.safetensors written, each further format beside it, and, where asked, the folder <name>-state.
 
-        The main process does so alone.
+        The main process copies what there is now, and a thread writes the copies while training goes on.
         """
         if not self.accelerator.is_main_process:
             return
-        saving = self.settings.saving
-        metadata = None if saving.no_metadata else self.metadata()
+        metadata = None if self.settings.saving.no_metadata else self.metadata()
+        with averaged_weights(self.parts.optimizer):
+            adapters = copy_to_host(self.network.adapter_tensors())
+        state = None
+        if with_state:
+            state = copy_state(self.parts, replace(self.state, averages=self.meter.averages()))
+        self.saver.start(name, partial(self.write_save, name, adapters, metadata, state))
+
+    def write_save(
+        self, name: str, adapters: Adapters, metadata: dict[str, str] | None, state: StateCopy | None
+    ) -> list[Path]:
+        """Writes a save's files and folders, and returns them. Runs in a thread."""
+        saving, written = self.settings.saving, []
         for number, file_format in enumerate(self.settings.network.adapter_format):
             path = saving.output_dir / (f"{name}-{file_format}.safetensors" if number else f"{name}.safetensors")
-            write_atomically(path, partial(self.write_adapter, file_format=file_format, metadata=metadata))
-            logger.info("saved %s", path.resolve())
-        if with_state:
-            folder = saving.output_dir / f"{name}-state"
-            save_state(folder, self.parts, self.state)
-            logger.info("saved %s", folder.resolve())
-
-    def write_adapter(self, file: Path, file_format: str, metadata: dict[str, str] | None) -> None:
-        """The adapter file with the hashes of its own bytes."""
-        with averaged_weights(self.parts.optimizer):
-            self.network.save_weights(file, SAVE_DTYPES[self.settings.saving.save_precision], metadata, file_format)
-        fill_hashes(file)
+            write_adapter(path, tensors_to_save(adapters, file_format, SAVE_DTYPES[saving.save_precision]), metadata)
+            written.append(path)
+        if state is not None:
+            written.append(saving.output_dir / f"{name}-state")
+            write_state(written[-1], state)
+        return written
 
     def metadata(self) -> dict[str, str]:
         """What the adapter, as it now is, says about its making."""
@@ -479,8 +510,9 @@ class NetworkTrainer(ABC):
         return adapter_metadata(settings, self.facts, self.state.step, epoch, time.time())
 
     def save_interrupted(self) -> None:
-        """Saves what an ending run has reached, with a state to resume from."""
+        """Saves what an ending run has reached, with a state to resume from. UserError where that fails."""
         self.save(step_name(self.settings.saving.output_name, self.state.step), with_state=True)
+        self.saver.finish()
 
     @contextmanager
     def saving_before_errors(self) -> Iterator[None]:
@@ -488,7 +520,10 @@ class NetworkTrainer(ABC):
         try:
             yield
         except Exception:
-            self.save_interrupted()
+            try:
+                self.save_interrupted()
+            except UserError as error:
+                logger.error("%s", error)
             raise
 
     def sample(self, tag: str) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# The names below of files and folders that are being written, or that were moved aside.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+\.(?P<kind>tmp|old)(?P<suffix>\.[^.]+)?")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -50,6 +54,38 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder that is under its name complete or absent, so that it is never there in part."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.replace(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path, is_own: Callable[[str], bool]) -> list[str]:
+    """Removes what writers here left in a folder when they were killed; returns the names of what it was for.
+
+    is_own: whether a name, as it would have become, is the caller's: others may be writing beside it. A folder that was
+    moved aside, and whose successor had not taken its place, is put back.
+    """
+    if not folder.is_dir():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        parts = _TEMPORARY.fullmatch(path.name)
+        if parts is None or not is_own(parts["name"] + (parts["suffix"] or "")):
+            continue
+        found.append(path.name)
+        final = folder / parts["name"]
+        if parts["kind"] == "old" and not final.exists():
+            path.replace(final)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return found
 
 
 def _replace_folder(new: Path, path: Path) -> None:

@@ -34,6 +34,7 @@ def config(tiny_anima, tmp_path):
             "train_data_dir": tiny_anima / "train",
             "output_dir": tmp_path / "output",
             "output_name": "tiny",
+            "overwrite_output": True,
             "logging_dir": tmp_path / "logs",
             "auto_start_tensorboard": False,
             "resolution": 64,

@@ -16,7 +16,6 @@ _NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
 _NO_MONITOR = "memory and jumps of the loss are not watched"
 _NO_VALIDATION = "no validation loss is measured"
-_KEEPS_ALL = "every save is kept"
 _FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
 
 # Accepted with a warning that they do nothing, and why.
@@ -72,10 +71,6 @@ NO_EFFECT: dict[str, str] = {
     "validate_every_n_steps": _NO_VALIDATION,
     "validate_every_n_epochs": _NO_VALIDATION,
     "max_validation_steps": _NO_VALIDATION,
-    "save_last_n_epochs": _KEEPS_ALL,
-    "save_last_n_steps": _KEEPS_ALL,
-    "save_last_n_epochs_state": _KEEPS_ALL,
-    "save_last_n_steps_state": _KEEPS_ALL,
     "sample_sampler": "samples are rendered with Euler steps along the flow",
     "metadata_thumbnail": "metadata holds no pictures",
     "metadata_merged_from": "a trained adapter is not merged from others",
@@ -120,7 +115,6 @@ REFUSED: dict[str, str] = {
     "face_crop_aug_range": "it needs the places of faces in file names; crop the pictures beforehand",
     "skip_image_resolution": "small pictures are trained; set bucket_no_upscale so that they are not enlarged",
     "debug_dataset": "the table of buckets at the start of a run shows what the pictures became",
-    "save_n_epoch_ratio": "set save_every_n_epochs",
     "on_nonfinite": "remove it",
     "secondary_separator": "remove it",
     "caption_dropout_every_n_epochs": "set caption_dropout_rate",

@@ -97,6 +97,8 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
             yield name, f"log_with is {settings.logging.log_with}"
     if not (sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first):
         yield "sample_prompts", "none of sample_every_n_steps, sample_every_n_epochs and sample_at_first is set"
+    if settings.saving.save_n_epoch_ratio is not None:
+        yield "save_every_n_epochs", "save_n_epoch_ratio is set, and wins"
     if settings.saving.save_state:
         yield "save_state_on_train_end", "save_state includes the end"
     if settings.saving.no_metadata:

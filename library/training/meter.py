@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ class Meter:
     def __init__(self, step: int, device: torch.device) -> None:
         self._device = device
         self._pending: list[Tensor] = []
-        self._epoch: list[float] = []
+        self._epoch_sum = 0.0
+        self._epoch_steps = 0
         self._current = 0.0
         self._average = 0.0
         self._losses_read = 0
@@ -31,13 +33,7 @@ class Meter:
 
         loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
         """
-        losses = torch.stack(self._pending).tolist()
-        self._pending.clear()
-        self._epoch += losses
-        self._current = losses[-1]
-        for loss in losses:
-            self._losses_read += 1
-            self._average += (loss - self._average) / min(self._losses_read, 50)
+        self._take_in_pending()
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now
@@ -52,9 +48,37 @@ class Meter:
 
     def close_epoch(self) -> float:
         """The mean loss of the epoch that ends here; its log point must have been read."""
-        mean = statistics.fmean(self._epoch)
-        self._epoch.clear()
+        mean = self._epoch_sum / self._epoch_steps
+        self._epoch_sum, self._epoch_steps = 0.0, 0
         return mean
+
+    def averages(self) -> dict[str, float]:
+        """What a state keeps of the losses so far, for `restore`; waits for the device."""
+        self._take_in_pending()
+        return {
+            "average": self._average,
+            "losses_read": self._losses_read,
+            "epoch_sum": self._epoch_sum,
+            "epoch_steps": self._epoch_steps,
+        }
+
+    def restore(self, averages: Mapping[str, float]) -> None:
+        """Goes on from what `averages` gave; from nothing where that is empty."""
+        self._average = averages.get("average", 0.0)
+        self._losses_read = int(averages.get("losses_read", 0))
+        self._epoch_sum = averages.get("epoch_sum", 0.0)
+        self._epoch_steps = int(averages.get("epoch_steps", 0))
+
+    def _take_in_pending(self) -> None:
+        if not self._pending:
+            return
+        for loss in torch.stack(self._pending).tolist():
+            self._current = loss
+            self._losses_read += 1
+            self._average += (loss - self._average) / min(self._losses_read, 50)
+            self._epoch_sum += loss
+            self._epoch_steps += 1
+        self._pending.clear()
 
     def summary(self) -> str:
         """One line for the end of a run."""

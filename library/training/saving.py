@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,28 @@ class SavingSettings:
     save_precision: str = option("float", "Number format of the saved adapter.", choices=tuple(SAVE_DTYPES))
     save_every_n_epochs: int | None = option(None, "Save the adapter every so many epochs.", zero_is_unset=True)
     save_every_n_steps: int | None = option(None, "Save the adapter every so many optimizer steps.", zero_is_unset=True)
+    save_n_epoch_ratio: int | None = option(
+        None, "Save so many times, evenly over the epochs; wins over save_every_n_epochs.", zero_is_unset=True
+    )
+    save_last_n_epochs: int | None = option(
+        None, "Keep only so many of the adapters saved by epochs: the latest. Unset: all.", zero_is_unset=True
+    )
+    save_last_n_steps: int | None = option(
+        None,
+        "Keep only the adapters saved by steps that are at most so many steps older than the latest. Unset: all.",
+        zero_is_unset=True,
+    )
+    save_last_n_epochs_state: int | None = option(
+        None, "The same as save_last_n_epochs for states. Unset: as many as of the adapters.", zero_is_unset=True
+    )
+    save_last_n_steps_state: int | None = option(
+        None, "The same as save_last_n_steps for states. Unset: as for the adapters.", zero_is_unset=True
+    )
+    overwrite_output: bool = option(
+        False,
+        "Begin although output_dir holds files of an earlier run with this output_name, and write over those of the "
+        "same names. Off: the run does not start.",
+    )
     save_state: bool = option(False, "Write a state to resume from at every save, and at the end.")
     save_state_on_train_end: bool = option(False, "Write a state to resume from at the end.")
     training_comment: str | None = option(None, "A note kept in the adapter's metadata.")
@@ -58,8 +81,9 @@ def planned_files(
     between = 0
     if settings.save_every_n_steps is not None:
         between += (total_steps - 1) // settings.save_every_n_steps
-    if settings.save_every_n_epochs is not None:
-        between += (total_steps - 1) // steps_per_epoch // settings.save_every_n_epochs
+    epochs = save_epochs(settings, total_steps, steps_per_epoch)
+    if epochs is not None:
+        between += (total_steps - 1) // steps_per_epoch // epochs
     at_end = settings.save_state or settings.save_state_on_train_end
     return PlannedFiles(
         adapters=(between + 1) * formats,
@@ -67,6 +91,13 @@ def planned_files(
         states=between * settings.save_state + at_end,
         state_bytes=parameters * _STATE_BYTES,
     )
+
+
+def save_epochs(settings: SavingSettings, total_steps: int, steps_per_epoch: int) -> int | None:
+    """Epochs from one save to the next; None for no saves by epochs."""
+    if settings.save_n_epoch_ratio is None:
+        return settings.save_every_n_epochs
+    return max(-(-total_steps // steps_per_epoch) // settings.save_n_epoch_ratio, 1)
 
 
 def epoch_name(output_name: str, epochs_done: int) -> str:
@@ -82,3 +113,17 @@ def step_name(output_name: str, steps_done: int) -> str:
 def is_due(every: int | None, count: int) -> bool:
     """Whether something done every so many steps or epochs is due after `count` of them."""
     return every is not None and count % every == 0
+
+
+# What stands behind a save's name in those of its further files.
+_KINDS = ("best", "ema", "comfy", "kohya", "diffusers")
+
+
+def saved_name(output_name: str) -> re.Pattern[str]:
+    """Matches the whole name of every adapter file and state folder of runs with that output_name.
+
+    Groups: epoch and step, of saves along the way, and ending: ".safetensors" or "-state".
+    """
+    number = r"(?:-(?P<epoch>\d{6})|-step(?P<step>\d{8}))?"
+    kinds = rf"(?:-(?:{'|'.join(_KINDS)}))*"
+    return re.compile(rf"{re.escape(output_name)}{number}{kinds}(?P<ending>\.safetensors|-state)")

@@ -1,5 +1,7 @@
 """What the curves show."""
 
+import json
+
 import pytest
 import torch
 
@@ -38,3 +40,17 @@ def test_the_summary_gives_the_median_time_of_a_step(monkeypatch):
         meter.add(torch.tensor(1.0))
         meter.read(step)
     assert meter.summary() == "500 ms a step (median over log points)"
+
+
+def test_a_resumed_run_has_the_averages_of_one_without_a_break():
+    losses = [4.0, 2.0, 3.0, 7.0]
+    straight, first, second = (Meter(step, torch.device("cpu")) for step in (0, 0, 2))
+    for loss in losses[:2]:
+        first.add(torch.tensor(loss))
+    second.restore(json.loads(json.dumps(first.averages())))
+    for loss in losses:
+        straight.add(torch.tensor(loss))
+    for loss in losses[2:]:
+        second.add(torch.tensor(loss))
+    assert second.read(4) == straight.read(4) == {"loss/current": 7.0, "loss/average": 4.0}
+    assert second.close_epoch() == straight.close_epoch() == 4.0

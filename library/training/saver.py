@@ -1,0 +1,86 @@
+"""Saving beside training: one save at a time is written by a thread, from a copy that training does not change."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+
+from library.errors import UserError
+from library.training.machine import free_bytes, readable_size
+from library.training.rotation import remove_outdated, saved_files
+from library.training.saving import SavingSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Saver:
+    """Writes saves. Each is complete or absent; one that fails leaves what was there, is told, and ends no run.
+
+    then: what else is done with the files and folders of a save, in the same thread.
+    """
+
+    def __init__(self, settings: SavingSettings, then: Callable[[Sequence[Path]], None] | None = None) -> None:
+        self._settings = settings
+        self._then = then
+        self._thread: Thread | None = None
+        self.failure: str | None = None
+
+    def start(self, name: str, write: Callable[[], Sequence[Path]]) -> None:
+        """Has a save written, after waiting for the one before. write: writes its files and folders, and names them."""
+        self.wait()
+        # A daemon: when the user stops the program at once, the files that are not complete yet stay absent.
+        self._thread = Thread(target=self._save, args=(name, write), name="saving", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def finish(self) -> None:
+        """Waits for the last save. UserError where it failed."""
+        self.wait()
+        if self.failure is not None:
+            raise UserError(self.failure)
+
+    def _save(self, name: str, write: Callable[[], Sequence[Path]]) -> None:
+        self.failure = None
+        try:
+            written = write()
+        except Exception as error:  # whatever it was, training goes on and saves again
+            self.failure = f"saving {name} failed: {self._explained(error)}"
+            logger.warning("%s. Earlier saves are as they were", self.failure)
+            return
+        for path in written:
+            logger.info("saved %s", path.resolve())
+        self._remove_outdated(name)
+        if self._then is not None:
+            self._then(written)
+
+    def _remove_outdated(self, name: str) -> None:
+        try:
+            remove_outdated(self._settings, name)
+        except OSError as error:
+            logger.warning("what save_last_n_... no longer keeps cannot be removed: %s", error)
+
+    def _explained(self, error: Exception) -> str:
+        if not isinstance(error, OSError):
+            return f"{type(error).__name__}: {error}"
+        folder = self._settings.output_dir
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return f"{error.strerror or error} ({folder})"
+        sizes = {path: _size(path) for path in saved_files(self._settings)}
+        largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
+        listed = ", ".join(f"{path.name} ({readable_size(sizes[path])})" for path in largest)
+        return f"the disk of {folder} is full ({readable_size(free_bytes(folder))} free). Free some room there" + (
+            f", for instance by moving away the largest saves: {listed}" if listed else ""
+        )
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)

@@ -1,0 +1,90 @@
+"""Saving in the background: complete or absent, told when it fails, and never in the way."""
+
+import errno
+import threading
+
+import pytest
+
+from library.errors import UserError
+from library.training.saver import Saver
+from library.training.saving import SavingSettings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return SavingSettings(output_dir=tmp_path, output_name="a")
+
+
+def writer(path, content="x"):
+    def write():
+        path.write_text(content)
+        return [path]
+
+    return write
+
+
+def failing(error):
+    def write():
+        raise error
+
+    return write
+
+
+def test_training_goes_on_while_a_save_is_written_and_the_next_one_waits(settings, tmp_path):
+    may_end, order = threading.Event(), []
+
+    def slow():
+        assert may_end.wait(10)
+        order.append("first")
+        return []
+
+    saver = Saver(settings)
+    saver.start("a-step00000001", slow)
+    order.append("training")
+    may_end.set()
+    saver.start("a-step00000002", lambda: order.append("second") or [])
+    saver.finish()
+    assert order == ["training", "first", "second"]
+
+
+def test_a_failed_save_is_told_and_the_next_one_makes_up_for_it(settings, tmp_path, caplog):
+    saver = Saver(settings)
+    saver.start("a-step00000001", failing(ValueError("what it was")))
+    with pytest.raises(UserError, match="saving a-step00000001 failed: ValueError: what it was"):
+        saver.finish()
+    assert "Earlier saves are as they were" in caplog.text
+    saver.start("a-step00000002", writer(tmp_path / "a-step00000002.safetensors"))
+    saver.finish()
+
+
+def test_a_full_disk_is_told_with_what_takes_the_room(settings, tmp_path, caplog):
+    (tmp_path / "a-step00000001-state").mkdir()
+    (tmp_path / "a-step00000001-state" / "network.safetensors").write_bytes(b"x" * 3 * 2**20)
+    (tmp_path / "a-step00000001.safetensors").write_bytes(b"x" * 2**20)
+    (tmp_path / "other.safetensors").write_bytes(b"x" * 9 * 2**20)
+    saver = Saver(settings)
+    saver.start("a-step00000002", failing(OSError(errno.ENOSPC, "No space left on device")))
+    saver.wait()
+    assert "is full" in caplog.text and "free). Free some room" in caplog.text
+    assert "a-step00000001-state (3.0 MiB), a-step00000001.safetensors (1.0 MiB). Earlier" in caplog.text
+
+
+def test_what_follows_a_save_gets_its_files_and_only_when_it_is_complete(settings, tmp_path):
+    seen = []
+    saver = Saver(settings, then=seen.append)
+    saver.start("a-step00000001", failing(OSError(errno.EROFS, "Read-only file system")))
+    saver.start("a-step00000002", writer(tmp_path / "a-step00000002.safetensors"))
+    saver.finish()
+    assert seen == [[tmp_path / "a-step00000002.safetensors"]]
+
+
+def test_files_go_only_after_the_new_save_is_complete(tmp_path):
+    settings = SavingSettings(output_dir=tmp_path, output_name="a", save_last_n_steps=1)
+    (tmp_path / "a-step00000001.safetensors").touch()
+    saver = Saver(settings)
+    saver.start("a-step00000009", failing(OSError(errno.EIO, "broken")))
+    saver.wait()
+    assert (tmp_path / "a-step00000001.safetensors").exists()
+    saver.start("a-step00000009", writer(tmp_path / "a-step00000009.safetensors"))
+    saver.finish()
+    assert not (tmp_path / "a-step00000001.safetensors").exists()
