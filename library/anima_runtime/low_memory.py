@@ -105,8 +105,9 @@ class BlockSwap:
         self._in_slot: list[int | None] = [None, None]
         self._last = -1
         for number, block in enumerate(transformer.blocks[self._first :]):
-            self._give(number, self._home[number])
-            block.register_forward_pre_hook(lambda *_, number=number: self._before(number))
+            self._take_back(number)
+            # The first module a block runs, whether it is called or computed again in the backward pass.
+            block.adaln_modulation_self_attn.register_forward_pre_hook(lambda *_, number=number: self._before(number))
 
     def _before(self, number: int) -> None:
         """Has a block's weights in place, and the next one's on their way."""
@@ -127,7 +128,7 @@ class BlockSwap:
             return
         former = self._in_slot[slot]
         if former is not None:
-            self._give(former, self._home[former])
+            self._take_back(former)
         if self._stream is None:
             self._copy(number, slot)
         else:
@@ -136,15 +137,17 @@ class BlockSwap:
                 self._copy(number, slot)
                 self._arrived[slot] = self._stream.record_event()
         self._in_slot[slot] = number
-        self._give(number, self._slots[slot])
+        for tensor, buffer in zip(self._blocks[number], self._slots[slot], strict=True):
+            tensor.data = buffer
 
     def _copy(self, number: int, slot: int) -> None:
         for buffer, home in zip(self._slots[slot], self._home[number], strict=True):
             buffer.copy_(home, non_blocking=True)
 
-    def _give(self, number: int, weights: list[Tensor]) -> None:
-        for tensor, weight in zip(self._blocks[number], weights, strict=True):
-            tensor.data = weight
+    def _take_back(self, number: int) -> None:
+        """Leaves a block without weights, so that a use out of turn is an error."""
+        for tensor in self._blocks[number]:
+            tensor.data = tensor.data.new_empty(0)
 
 
 def _frozen_tensors(block: nn.Module) -> list[Tensor]:
