@@ -29,7 +29,7 @@ from library.anima_runtime.sampling import render
 from library.anima_runtime.text_cache import TextCache
 from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, TextEncoder, pad_captions
 from library.anima_runtime.timestep_plot import save_timestep_histogram
-from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift
+from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift, timestep_at
 from library.anima_runtime.tokenizers import (
     check_tokenizer,
     load_qwen_tokenizer,
@@ -42,6 +42,7 @@ from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import check_vae_file, load_vae
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
+from library.data.pictures import Picture
 from library.errors import Problems, UserError
 from library.files import write_atomically
 from library.settings import settings_and_problems
@@ -194,7 +195,23 @@ class AnimaNetworkTrainer(NetworkTrainer):
         self.vae.to("cpu")
 
     def prepare(self, batch: Batch) -> list[TrainingInputs] | list[ContextInputs]:
-        """Draws noise and timesteps, which follow from the samples' keys, and looks up the captions.
+        """Draws noise and timesteps, which follow from the samples' keys, and looks up the captions."""
+        seed = self.settings.run.seed
+        timesteps = draw_timesteps(batch.keys, seed, self.settings.timesteps, batch.bucket, batch.timestep_offsets)
+        return self.inputs(batch, timesteps, seed)
+
+    def prepare_at(self, batch: Batch, share: float) -> list[TrainingInputs] | list[ContextInputs]:
+        timesteps = [
+            timestep_at(share, self.settings.timesteps, batch.bucket, offset) for offset in batch.timestep_offsets
+        ]
+        # Each share its own noise, and the same in runs of any seed.
+        return self.inputs(batch, torch.tensor(timesteps), seed=round(share * 1000))
+
+    def timestep_at(self, share: float, picture: Picture) -> float:
+        return timestep_at(share, self.settings.timesteps, picture.bucket, picture.subset.timestep_offset)
+
+    def inputs(self, batch: Batch, drawn: Tensor, seed: int) -> list[TrainingInputs] | list[ContextInputs]:
+        """What the batch is at timesteps [B], with noise that follows from its keys and the seed.
 
         A context is as long as its caption alone would make it, so captions that need more than the least length go
         through the model apart from the others: zero rows are part of the model's input, more of them change a result.
@@ -203,8 +220,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             latents = self.encode_pixels(batch.pixels_BCHW)
         else:
             latents = to_device(batch.latents_BCTHW, self.device)
-        settings, keys, seed = self.settings, batch.keys, self.settings.run.seed
-        drawn = draw_timesteps(keys, seed, settings.timesteps, batch.bucket, batch.timestep_offsets)
+        settings, keys = self.settings, batch.keys
         weights = batch.loss_weights * timestep_weights(drawn, settings.timesteps.weighting_scheme)
         mask = batch.loss_mask_B1HW if batch.loss_mask_B1HW is not None else torch.ones(len(keys), 1, 1, 1)
         timesteps, weights, mask = (to_device(each, self.device) for each in (drawn, weights, mask))

@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from library.console import progress_bar
 from library.data.cache_size import latent_bytes
-from library.data.dataset import Batch, TrainingBatches
+from library.data.dataset import Batch, MeasuredBatches, TrainingBatches
 from library.data.epochs import bucket_table, steps_per_epoch
 from library.data.latent_files import LatentFiles, cache_folder
 from library.data.latents import LatentCache, cache_latents, cache_latents_to_disk
 from library.data.pictures import Picture, scan_datasets
 from library.data.summary import describe_data
 from library.data.team import Team
+from library.data.validation import as_measured, counterparts, measured_batches, split_validation
 from library.errors import Problems, SettingError, UserError
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
@@ -64,9 +65,10 @@ from library.training.saving import (
 )
 from library.training.schedule_checks import check_length
 from library.training.schedules import draw_schedule, make_schedule
-from library.training.speed import chooses_compiling, chooses_graphs
+from library.training.speed import chooses_compiling, chooses_graphs, uncompiled
 from library.training.states import Resumable, StateCopy, copy_state, load_state, write_state
 from library.training.trackers import Tracker, check_trackers
+from library.training.validation import Validation, measured_shares, validates
 from networks.adapter_types import Adapters
 from networks.saving import tensors_to_save
 from networks.setup import (
@@ -84,12 +86,15 @@ from networks.setup import (
 
 logger = logging.getLogger("train_network")
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class RunPlan:
     """What is known of a run before a model is loaded.
 
     network: on the meta device; None where another package makes it. rates: the learning rate of each part.
+    validation: pictures that are not trained but measured, as they are measured.
     """
 
     network_module: ModuleType
@@ -97,8 +102,14 @@ class RunPlan:
     network: Network | None
     rates: dict[str, float]
     pictures: tuple[Picture, ...]
+    validation: tuple[Picture, ...]
     epoch_steps: int
     total_steps: int
+
+    @property
+    def all_pictures(self) -> tuple[Picture, ...]:
+        """Those that are trained and those that are measured."""
+        return self.pictures + self.validation
 
 
 class NetworkTrainer(ABC):
@@ -117,6 +128,7 @@ class NetworkTrainer(ABC):
         self.captured: CapturedBackward | None = None
         self.saver = Saver(settings.saving)
         self.state = RunState()
+        self.validation: Validation | None = None
 
     # --- hooks: what the model is ---
 
@@ -158,6 +170,14 @@ class NetworkTrainer(ABC):
     @abstractmethod
     def prepare(self, batch: Batch) -> Sequence[Any]:
         """A batch as what `losses` takes: one or more NamedTuples of tensors on the device, random draws among them."""
+
+    @abstractmethod
+    def prepare_at(self, batch: Batch, share: float) -> Sequence[Any]:
+        """Like `prepare`, at the timestep that this share of all draws lies below; the same inputs in every run."""
+
+    @abstractmethod
+    def timestep_at(self, share: float, picture: Picture) -> float:
+        """That timestep: 0 is the picture, 1 is noise."""
 
     @abstractmethod
     def losses(self, inputs: Any) -> Tensor:
@@ -202,13 +222,15 @@ class NetworkTrainer(ABC):
         # Models, adapter, latents, optimizer.
         set_seed(run.seed)
         self.load_and_attach(plan)
+        latents = self.cached_latents(plan.all_pictures)
         batches = TrainingBatches(
             pictures, self.batch_sizes, run.seed, accumulation=run.gradient_accumulation_steps,
-            rank=self.accelerator.process_index, world_size=processes, latents=self.cached_latents(pictures),
+            rank=self.accelerator.process_index, world_size=processes, latents=latents,
             workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers,
             announce=self.encode_ahead if settings.data.caches_text else None,
         )  # fmt: skip
+        self.plan_validation(plan, latents)
         self.make_parts(total_steps, buckets=len({picture.bucket for picture in pictures}))
         if run.resume is None:
             self.state = starting_state(run, epoch_steps)
@@ -230,7 +252,7 @@ class NetworkTrainer(ABC):
             model=self.model_facts(),
             model_files=self.model_files(),
             file_hashes=start_hashing(self.model_files()) if is_main else {},
-            data=describe_data(settings.datasets, pictures),
+            data=describe_data(settings.datasets, pictures) | {"num_validation_images": len(plan.validation)},
             network_args=plan.network_arguments,
             num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
             num_epochs=-(-total_steps // epoch_steps),
@@ -244,6 +266,8 @@ class NetworkTrainer(ABC):
             logger.info("curves: %s", tracker.folder.resolve())
         if settings.sampling.sample_at_first and run.resume is None:
             self.sample("e000000")
+        if run.resume is None:
+            self.validate()
 
         # Each window of batches makes one optimizer step; saves and states lie between steps.
         logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
@@ -269,6 +293,8 @@ class NetworkTrainer(ABC):
                         bar.set_postfix(meter.shown())
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
+                    if finished or validates(settings.validation, step, epoch, epoch_ended):
+                        self.validate()
                     if not finished and is_due(saving.save_every_n_steps, step):
                         self.save(step_name(saving.output_name, step), with_state=saving.save_state)
                     if not finished and epoch_ended and is_due(epochs_between_saves, epoch):
@@ -317,18 +343,24 @@ class NetworkTrainer(ABC):
             rates = {group["name"]: group["lr"] for group in self.parameter_groups(network)}
             if not self.known_problems:  # else an optimizer that cannot be made at all may be among them
                 problems.attempt(check_optimizer, settings.optimizer, rates)
-        pictures, epoch_steps = (), 0
+        pictures, validation, epoch_steps = (), (), 0
         if settings.datasets:
             is_main = self.accelerator.is_main_process
             pictures = problems.attempt(scan_datasets, settings.datasets, settings.data.skip_broken_images, is_main)
+            if pictures:
+                split = problems.attempt(split_validation, pictures, settings.datasets, run.seed)
+                pictures, validation = split or ((), ())
         if pictures:
             epoch_steps = steps_per_epoch(pictures, self.batch_sizes, run.gradient_accumulation_steps, processes)
             problems.attempt(check_length, settings.schedule, planned_steps(run, epoch_steps))
             if run.resume is None:
                 problems.attempt(starting_state, run, epoch_steps)
             if settings.data.cache_latents_to_disk:
-                warn_of_cache_space(settings.data.cache_dir or pictures[0].path.parent, latent_bytes(pictures))
-        plan = RunPlan(module, arguments, network, rates, pictures, epoch_steps, planned_steps(run, epoch_steps))
+                folder = settings.data.cache_dir or pictures[0].path.parent
+                warn_of_cache_space(folder, latent_bytes(pictures + validation))
+        validation = tuple(map(as_measured, validation))
+        total_steps = planned_steps(run, epoch_steps)
+        plan = RunPlan(module, arguments, network, rates, pictures, validation, epoch_steps, total_steps)
         if network is not None and pictures:
             problems.attempt(check_disk, settings.saving.output_dir, self.files_of(plan).total_bytes)
         problems.raise_found()
@@ -343,6 +375,11 @@ class NetworkTrainer(ABC):
         if self.accelerator.is_main_process:
             draw_schedule(schedule, self.settings.optimizer.learning_rate, plan.rates, plan.total_steps)
         return True
+
+    @property
+    def team(self) -> Team:
+        """All processes of the run."""
+        return Team(self.accelerator.process_index, self.accelerator.num_processes, gather_lists)
 
     @property
     def batch_sizes(self) -> list[int]:
@@ -386,8 +423,7 @@ class NetworkTrainer(ABC):
         data, accelerator = self.settings.data, self.accelerator
         if not data.caches_latents:
             return None
-        team = Team(accelerator.process_index, accelerator.num_processes, gather_lists)
-        common = {"team": team, "show_progress": accelerator.is_main_process}
+        common = {"team": self.team, "show_progress": accelerator.is_main_process}
         if data.cache_latents_to_disk:
             files = LatentFiles(self.latent_identity(), data.cache_dir)
             latents = cache_latents_to_disk(
@@ -461,6 +497,58 @@ class NetworkTrainer(ABC):
         parts.schedule.step()
         parts.optimizer.zero_grad(set_to_none=self.captured is None)
         return mean_loss
+
+    # --- validation ---
+
+    def plan_validation(self, plan: RunPlan, latents: LatentCache | None) -> None:
+        """Prepares what is measured, if anything: the pictures kept for it, and as many of those that are trained."""
+        if not plan.validation:
+            return
+        settings, measured = self.settings.validation, []
+        for pictures in (plan.validation, tuple(map(as_measured, counterparts(plan.pictures, plan.validation)))):
+            batches = measured_batches(pictures, self.batch_sizes, settings.max_validation_steps)
+            measured.append(MeasuredBatches(pictures, self.team.share(batches), latents))
+            if self.settings.data.caches_text:
+                self.encode_ahead(measured[-1].captions())
+        self.validation = Validation(settings, *measured, self.losses_at, self.team.gather)
+        shares = measured_shares(settings.validation_timesteps)
+        timesteps = ", ".join(f"{self.timestep_at(share, plan.validation[0]):.2f}" for share in shares)
+        logger.info("validation: each picture at t = %s; as many trained pictures beside them", timesteps)
+
+    def losses_at(self, batch: Batch, share: float) -> Tensor:
+        """The loss of each sample at the timestep that this share of all draws lies below."""
+        return torch.cat([self.losses(inputs) for inputs in self.prepare_at(batch, share)])
+
+    def validate(self) -> None:
+        """Measures the loss on pictures that are not trained, if there are any; saves the adapter if that asks for it.
+
+        What is measured is what would be saved: averaged weights, without dropout.
+        """
+        if self.validation is None:
+            return
+        self.network.eval()
+        with averaged_weights(self.parts.optimizer), uncompiled():
+            curves = self.with_room(self.validation.curves)
+        self.network.train()
+        self.tracker.log(curves, self.state.step)
+        loss = curves["loss/validation/average"]
+        is_best = self.state.is_best(loss)
+        logger.info(
+            "validation after %d steps: loss %.4f, of trained pictures %.4f%s",
+            self.state.step, loss, curves["loss/validation/trained_pictures"], ", the best so far" if is_best else "",
+        )  # fmt: skip
+        if is_best and self.settings.validation.save_best:
+            self.save(f"{self.settings.saving.output_name}-best", with_state=self.settings.saving.save_state)
+
+    def with_room(self, work: Callable[[], T]) -> T:
+        """What `work` returns; where GPU memory is short, recorded steps give theirs back and it is tried once more."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if self.captured is None:
+                raise
+        self.captured.release()
+        return work()
 
     def skip_finished_epoch(self, epoch_steps: int) -> None:
         """Starts the next epoch where the running one has no steps left, because it has become shorter."""

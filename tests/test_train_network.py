@@ -45,6 +45,12 @@ class ToyTrainer(NetworkTrainer):
     def prepare(self, batch: Batch) -> list[torch.Tensor]:
         return [torch.tensor([[float(caption)] for caption in batch.captions])]
 
+    def prepare_at(self, batch: Batch, share: float) -> list[torch.Tensor]:
+        return self.prepare(batch)
+
+    def timestep_at(self, share, picture):
+        return share
+
     def losses(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.network(inputs)[:, 0]
 

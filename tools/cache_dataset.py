@@ -77,7 +77,7 @@ def _cached_to_disk(settings: Settings) -> Settings:
 
 def _cache_pictures(trainer: AnimaNetworkTrainer, plan: RunPlan, remove_unused: bool) -> None:
     started = time.perf_counter()
-    latents = trainer.cached_latents(plan.pictures)
+    latents = trainer.cached_latents(plan.all_pictures)
     if trainer.accelerator.is_main_process:
         show(f"pictures: {len(latents)} latents ready in {time.perf_counter() - started:.1f} s")
         if remove_unused:

@@ -184,8 +184,13 @@ def draw_timestep(
     key: SampleKey, seed: int, settings: TimestepSettings, size: tuple[int, int], offset: int = 0
 ) -> float:
     """One use of one picture's t. offset: added to it, in thousandths."""
+    return timestep_at(python_random(seed, "timestep", *key).random(), settings, size, offset)
+
+
+def timestep_at(share: float, settings: TimestepSettings, size: tuple[int, int], offset: int = 0) -> float:
+    """The t that a share of all draws, between 0 and 1, lies below."""
     low, high = allowed_shares(settings, size, offset)
-    share = low + (high - low) * python_random(seed, "timestep", *key).random()
+    share = low + (high - low) * share
     share = min(max(share, 2**-53), 1 - 2**-53)  # 0 and 1 themselves would be infinite logits
     return shift_timestep(distribution(settings).quantile(share), flow_shift(settings, size)) + offset / 1000
 

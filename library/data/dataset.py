@@ -139,6 +139,24 @@ class TrainingBatches:
         return number
 
 
+class MeasuredBatches:
+    """The same batches each time it is gone through, for pictures of which nothing is drawn at random.
+
+    Their keys say epoch -1, which no training has, so that no training's noise follows from them.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], plans: Sequence[BatchPlan], latents: LatentCache | None) -> None:
+        self._dataset = _BatchDataset(pictures, seed=0, latents=latents)
+        self._entries = [(-1, plan) for plan in plans]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _loaded_ahead(self._dataset, self._entries)
+
+    def captions(self) -> list[str]:
+        """The captions of all batches, without loading these."""
+        return [caption for entry in self._entries for caption in self._dataset.captions(entry)]
+
+
 def _loaded_ahead(dataset: _BatchDataset, entries: Sequence[_Entry]) -> Iterator[Batch]:
     """The batches in order; while one is trained, threads load the next. Decoding and reading leave Python's lock."""
     pool = ThreadPoolExecutor(_BATCHES_AHEAD)

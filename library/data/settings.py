@@ -207,7 +207,9 @@ class DatasetSettings:
     bucket_reso_steps: int = option(64, "Bucket sides are multiples of this, itself a multiple of 16.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture: small ones get buckets of their own size.")
     validation_split: float = option(
-        0.0, "Share of the pictures that is not trained but kept to measure the validation loss (0 to 1)."
+        0.0,
+        "Share of the pictures that is not trained but kept to measure the validation loss: 0.05 to 0.1 for some "
+        "hundreds of pictures. 1 keeps all of them, for a dataset of its own.",
     )
     validation_seed: int | None = option(
         None, "What the choice of validation pictures follows from; set it to keep them when seed changes."

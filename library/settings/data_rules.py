@@ -17,6 +17,8 @@ def data_problems(settings: Settings) -> Iterator[tuple[str, str, str]]:
     for name in ("reg_data_dir", "in_json"):
         if getattr(data, name) is not None and data.train_data_dir is None:
             yield "", name, "it belongs to train_data_dir; in dataset tables use is_reg and metadata_file"
+    if settings.validation.save_best and settings.datasets and not _validates(settings):
+        yield "", "save_best", "it needs a validation loss: set validation_split, such as 0.05, to keep pictures for it"
     for i, dataset in enumerate(settings.datasets):
         if dataset.subsets and all(subset.is_reg for subset in dataset.subsets):
             yield f"datasets[{i}].subsets[0].", "is_reg", "the dataset has no other pictures than regularisation ones"
@@ -43,6 +45,10 @@ def _has_masks(subset: SubsetSettings) -> bool:
     return subset.alpha_mask or subset.conditioning_data_dir is not None
 
 
+def _validates(settings: Settings) -> bool:
+    return any(dataset.validation_split for dataset in settings.datasets)
+
+
 def data_without_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     """Settings that do nothing beside the others, as (name, why)."""
     datasets = settings.datasets
@@ -50,5 +56,8 @@ def data_without_effect(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "prior_loss_weight", "no pictures are for regularisation (is_reg, reg_data_dir)"
     if datasets and all(dataset.resolutions for dataset in datasets):
         yield "resolution", "resolutions is set, and wins"
-    for name in ("validation_split", "validation_seed"):
-        yield name, "no validation loss is measured yet; all pictures are trained"
+    if all(dataset.validation_split in (0, 1) for dataset in datasets):
+        yield "validation_seed", "no dataset is split: validation_split is neither above 0 nor below 1"
+    if not _validates(settings):
+        for name in vars(settings.validation):
+            yield name, "no pictures are kept for validation: set validation_split"

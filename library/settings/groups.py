@@ -25,6 +25,7 @@ from library.training.saving import SavingSettings
 from library.training.schedules import ScheduleSettings
 from library.training.speed import SpeedSettings
 from library.training.trackers import LoggingSettings
+from library.training.validation import ValidationSettings
 from networks.settings import NetworkSettings
 
 
@@ -50,6 +51,7 @@ class Settings:
     run: RunSettings
     speed: SpeedSettings
     saving: SavingSettings
+    validation: ValidationSettings
     logging: LoggingSettings
     sampling: SampleSettings
     given: Mapping[str, Given]

@@ -15,7 +15,6 @@ _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several w
 _NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
 _NO_MONITOR = "memory and jumps of the loss are not watched"
-_NO_VALIDATION = "no validation loss is measured"
 _FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
 
 # Accepted with a warning that they do nothing, and why.
@@ -68,9 +67,6 @@ NO_EFFECT: dict[str, str] = {
     "anima_monitor_loss_spike_ratio": _NO_MONITOR,
     "anima_resume_snapshot_strict": "a state that does not fit is always refused",
     "resume_ignore_optimizer_mismatch": "a state of another optimizer is always refused",
-    "validate_every_n_steps": _NO_VALIDATION,
-    "validate_every_n_epochs": _NO_VALIDATION,
-    "max_validation_steps": _NO_VALIDATION,
     "sample_sampler": "samples are rendered with Euler steps along the flow",
     "metadata_thumbnail": "metadata holds no pictures",
     "metadata_merged_from": "a trained adapter is not merged from others",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ class RunState:
 
     step: optimizer steps done. epoch: the epoch now running, from 0. step_in_epoch: steps of it already done.
     averages: what the meter has averaged so far. saved_at: when the state was saved, in seconds since 1970.
+    best_validation_loss, best_step: the least validation loss so far, and after how many steps it was measured.
     """
 
     step: int = 0
@@ -83,6 +85,17 @@ class RunState:
     step_in_epoch: int = 0
     averages: dict[str, float] = field(default_factory=dict)
     saved_at: float = 0.0
+    best_validation_loss: float | None = None
+    best_step: int | None = None
+
+    def is_best(self, validation_loss: float) -> bool:
+        """Takes in the validation loss after `step` steps; whether none was less before. Untrained, nothing is best."""
+        if self.step == 0 or not math.isfinite(validation_loss):
+            return False
+        if self.best_validation_loss is not None and validation_loss >= self.best_validation_loss:
+            return False
+        self.best_validation_loss, self.best_step = validation_loss, self.step
+        return True
 
     def advance(self, steps_per_epoch: int) -> bool:
         """Counts one optimizer step; True when it was the last of its epoch."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -93,3 +94,8 @@ def compile_modules(modules: Iterable[nn.Module], shapes_vary: bool) -> None:
         options["triton.mix_order_reduction"] = False
     for module in modules:
         module.compile(dynamic=None if shapes_vary else False, options=options)
+
+
+def uncompiled() -> AbstractContextManager:
+    """Inside, compiled modules run as they are: for passes without gradients, which would be compiled anew."""
+    return torch.compiler.set_stance("force_eager")

@@ -86,7 +86,7 @@ def test_what_does_not_go_together(model_flags, text, subset, words, message):
     [
         ("prior_loss_weight = 0.5", "prior_loss_weight does nothing: no pictures are for regularisation"),
         ("resolution = 512\nresolutions = [512, 768]", "resolution does nothing: resolutions is set, and wins"),
-        ("validation_split = 0.1", "validation_split does nothing: no validation loss is measured yet"),
+        ("validation_seed = 1", "validation_seed does nothing: no dataset is split"),
         ("custom_attributes = {a = 1}", "custom_attributes does nothing"),
         ("cache_info = true", "cache_info does nothing"),
     ],
