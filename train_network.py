@@ -21,7 +21,6 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from library.console import progress_bar
 from library.data.cache_size import latent_bytes
 from library.data.dataset import Batch, MeasuredBatches, TrainingBatches
 from library.data.epochs import bucket_table, steps_per_epoch
@@ -261,7 +260,7 @@ class NetworkTrainer(ABC):
             started_at=started_at,
         )
         config = settings_as_flat_dict(settings, shareable_path)
-        self.tracker = tracker = Tracker(settings.logging, saving.output_name, config, is_main)
+        self.tracker = tracker = Tracker(settings.logging, saving.output_name, total_steps, config, is_main)
         if tracker.folder is not None:
             logger.info("curves: %s", tracker.folder.resolve())
         if settings.sampling.sample_at_first and run.resume is None:
@@ -273,12 +272,11 @@ class NetworkTrainer(ABC):
         logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
         self.meter = meter = Meter(self.state.step, self.device)
         meter.restore(self.state.averages)
-        bar = progress_bar(total_steps, "steps", self.state.step, "step", shown=is_main)
         self.network.train()
         stopping = False
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
-        with closing(tracker), stop_requests() as stop, self.saving_before_errors(), bar:
+        with closing(tracker), stop_requests() as stop, self.saving_before_errors():
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
                     try:
@@ -287,10 +285,9 @@ class NetworkTrainer(ABC):
                         raise UserError(out_of_memory_message(window.batches)) from error
                     epoch_ended = self.state.advance(epoch_steps)
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
-                    bar.update()
+                    tracker.advance(step)
                     if is_due(settings.logging.log_every_n_steps, step) or step == 1 or epoch_ended or finished:
                         tracker.log({**meter.read(step), **learning_rates(self.parts.optimizer)}, step)
-                        bar.set_postfix(meter.shown())
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if finished or validates(settings.validation, step, epoch, epoch_ended):
@@ -575,10 +572,10 @@ class NetworkTrainer(ABC):
         state = None
         if with_state:
             state = copy_state(self.parts, replace(self.state, averages=self.meter.averages()))
-        self.saver.start(name, partial(self.write_save, name, adapters, metadata, state))
+        self.saver.start(name, partial(self.write_save, name, adapters, metadata, state, self.state.step))
 
     def write_save(
-        self, name: str, adapters: Adapters, metadata: dict[str, str] | None, state: StateCopy | None
+        self, name: str, adapters: Adapters, metadata: dict[str, str] | None, state: StateCopy | None, step: int
     ) -> list[Path]:
         """Writes a save's files and folders, and returns them. Runs in a thread."""
         saving, written = self.settings.saving, []
@@ -589,6 +586,7 @@ class NetworkTrainer(ABC):
         if state is not None:
             written.append(saving.output_dir / f"{name}-state")
             write_state(written[-1], state)
+        self.tracker.event("save", step, name)
         return written
 
     def metadata(self) -> dict[str, str]:

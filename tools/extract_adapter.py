@@ -145,7 +145,7 @@ def extract(
     """
     base_weights, tuned_weights = _stored_weights(base), _stored_weights(tuned)
     approximations, left_out = {}, []
-    with progress_bar(len(base_weights), "comparing", unit="tensor") as bar:
+    with progress_bar(len(base_weights), "comparing tensors") as bar:
         for name, stored in base_weights.items():
             delta = _read(tuned, tuned_weights[name], device).sub_(_read(base, stored, device))
             path, _, parameter = name.rpartition(".")

@@ -81,7 +81,7 @@ def merge_into_one(arguments: argparse.Namespace, weights: Sequence[float]) -> N
         raise ModelFileError(f"--adapters: they are for models of different depths: {', '.join(sorted(depths))} blocks")
     sources = [(parsed.adapters, weight) for (parsed, _), weight in zip(read, weights, strict=True)]
     modules = {path for adapters, _ in sources for path in adapters}
-    with progress_bar(len(modules), "merging", unit="module") as bar:
+    with progress_bar(len(modules), "merging modules") as bar:
         merged = merge_adapters(sources, rank, bar.update)
     metadata = _metadata(arguments, weights, metadatas)
     metadata |= {key: value for key, value in _network_metadata(merged.adapters).items() if key in metadatas[0]}

@@ -76,7 +76,7 @@ def _resize(
     finite.
     """
     approximations = {}
-    with progress_bar(len(source.parsed.adapters), "resizing", unit="module") as bar:
+    with progress_bar(len(source.parsed.adapters), "resizing modules") as bar:
         for path in source.parsed.adapters:
             own = source.module(path)
             if not all(tensor.isfinite().all() for tensor in own.values()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,14 @@ from library.options import Secret
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from library.training.step_records import StepRecord
+
 
 class Sink:
     """Takes what a run tells, and by itself does nothing with it: each kind of sink uses what is of use to it."""
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done; told after each."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One point on each named curve."""
@@ -29,6 +34,9 @@ class Sink:
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Something that happened after `step` steps: a save, a sample, an alert."""
+
+    def look(self, records: Sequence[StepRecord]) -> None:
+        """Steps with the losses of their samples."""
 
     def close(self) -> None:
         """The run has ended."""

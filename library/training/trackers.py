@@ -5,18 +5,24 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from library.errors import SettingError
 from library.options import Secret, option
+from library.training.display import RunDisplay
+from library.training.progress import Pace, ProgressFile
 from library.training.sinks import Sink, TensorBoardCurves, WandbCurves, check_arguments
 from library.training.tensorboard_server import TensorBoardServer
+
+if TYPE_CHECKING:
+    from library.training.step_records import StepRecord
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -114,16 +120,27 @@ class Tracker:
     """
 
     def __init__(
-        self, settings: LoggingSettings, output_name: str, config: Mapping[str, Any], is_main_process: bool
+        self,
+        settings: LoggingSettings,
+        output_name: str,
+        total_steps: int,
+        config: Mapping[str, Any],
+        is_main_process: bool,
     ) -> None:
         """config: the run's settings, as JSON can hold them."""
         self.folder: Path | None = None
         self._sinks: list[Sink] = []
-        if settings.log_with == "none" or not is_main_process:
+        self._lock = threading.RLock()  # saves may be told by the thread that writes them
+        self._pace = Pace(total_steps)
+        if not is_main_process:
+            return
+        self.add(lambda: RunDisplay(total_steps))
+        if settings.log_with == "none":
             return
         prefix = f"{output_name}_" if settings.log_prefix is None else settings.log_prefix
         name = f"{prefix}{datetime.now():%Y%m%d_%H%M%S_%f}"
         self.folder = folder = settings.logging_dir / name
+        self.add(lambda: ProgressFile(folder, total_steps))
         arguments = tracker_arguments(settings)
         config = config if settings.log_config else None
         if settings.uses_tensorboard:
@@ -146,8 +163,13 @@ class Tracker:
         except Exception as error:
             logger.warning("a part of the run's records is left out: %s: %s", type(error).__name__, error)
 
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        self._tell(lambda sink: sink.advance(step))
+
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """One point on each named curve."""
+        """One point on each named curve, and on those of the run's speed."""
+        values = {**values, **self._pace.values(step)}
         self._tell(lambda sink: sink.log(values, step))
 
     def log_image(self, name: str, picture: Image.Image, step: int) -> None:
@@ -158,17 +180,27 @@ class Tracker:
         """Something that happened after `step` steps: kind is save, sample, alert or end."""
         self._tell(lambda sink: sink.event(kind, step, text))
 
+    def look(self, records: Sequence[StepRecord], alerts: Sequence[str], step: int) -> None:
+        """What the steps since the last log point gave, of which `step` is the last, and what is wrong with them."""
+        self._tell(lambda sink: sink.look(records))
+        for record in records:
+            if not record.is_finite:
+                self.event("alert", record.step, "the loss or a gradient is not a number")
+        for alert in alerts:
+            self.event("alert", step, alert)
+
     def close(self) -> None:
         """Writes out what is still waiting."""
         self._tell(lambda sink: sink.close())
 
     def _tell(self, call: Callable[[Sink], None]) -> None:
-        for sink in list(self._sinks):
-            try:
-                call(sink)
-            except Exception as error:
-                self._sinks.remove(sink)
-                logger.warning(
-                    "%s stopped, and is left out of the rest of the run: %s: %s",
-                    type(sink).__name__, type(error).__name__, error,
-                )  # fmt: skip
+        with self._lock:
+            for sink in list(self._sinks):
+                try:
+                    call(sink)
+                except Exception as error:
+                    self._sinks.remove(sink)
+                    logger.warning(
+                        "%s stopped, and is left out of the rest of the run: %s: %s",
+                        type(sink).__name__, type(error).__name__, error,
+                    )  # fmt: skip

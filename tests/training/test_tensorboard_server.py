@@ -95,7 +95,7 @@ def test_a_tracker_starts_it_for_its_curves(settings, shown, tmp_path, monkeypat
     started = []
     monkeypatch.setattr("library.training.trackers.TensorBoardServer", lambda *arguments: started.append(arguments))
     settings = LoggingSettings(logging_dir=tmp_path, tensorboard_port=7000, **settings)
-    assert Tracker(settings, "tiny", {}, is_main_process=False).folder is None
+    assert Tracker(settings, "tiny", 2, {}, is_main_process=False).folder is None
     assert started == []
-    Tracker(settings, "tiny", {}, is_main_process=True)
+    Tracker(settings, "tiny", 2, {}, is_main_process=True)
     assert started == ([(tmp_path, "127.0.0.1", 7000)] if shown else [])
