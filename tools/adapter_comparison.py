@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from library.errors import ModelFileError
+from networks.adapter_report import AdapterFile
 from networks.adapter_types import NORM_VALUE
 from networks.deltas import bias_delta_of, delta_of
 from networks.merging import changes_weight
 from networks.network import part_of
-from tools.adapter_report import AdapterFile
 
 # Deltas closer than this, relative to the longer one, are the same but for rounding in float32.
 SAME = 1e-5

@@ -23,18 +23,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.console import show, show_error
 from library.errors import UserError, first_ten
+from networks.adapter_report import (
+    BLOCK,
+    PARTS,
+    AdapterReport,
+    ModuleReport,
+    inspect_adapter,
+    norms_by_block,
+    open_adapter,
+)
 from networks.network import part_of
 from tools.adapter_comparison import SAME, Comparison, compare_adapters
-from tools.adapter_report import AdapterReport, ModuleReport, inspect_adapter, open_adapter
 
 BAR_WIDTH = 40
-PARTS = ("transformer", "llm_adapter", "text_encoder")
 _TOLD_METADATA = re.compile(
     r"ss_(output_name|network_(module|dim|alpha|args)|base_model_version|anima_depth|sd_model_name|steps|epoch|"
     r"learning_rate|optimizer|resolution|num_train_images|training_comment|sd_scripts_commit_hash)"
     r"|modelspec\.(title|architecture|resolution|date|trigger_phrase)|sshs_model_hash|merged_adapters"
 )
-_BLOCK = re.compile(r"(?:llm_adapter\.|text_encoder\.)?(?:blocks|layers)\.(\d+)\.(.+)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +81,7 @@ def _report_lines(report: AdapterReport) -> Iterator[str]:
     changes = {path: module.norm or 0.0 for path, module in report.modules.items()}
     norms = {path: changes.pop(path) for path, found in report.types.items() if found.kind == "norm"}
     yield "  ‖ΔW‖ by block:"
-    yield from _bars(_by_block(changes))
+    yield from _bars(norms_by_block(changes))
     yield "  modules by ‖ΔW‖:"
     yield from _bars(_histogram(changes))
     if norms:
@@ -104,7 +110,7 @@ def _target_lines(modules: Mapping[str, ModuleReport]) -> Iterator[str]:
     """Blocks with the same modules share a line: "transformer blocks 0-27: mlp.layer1, mlp.layer2"."""
     blocks: dict[tuple[int, int], list[str]] = {}
     for path in modules:
-        match = _BLOCK.fullmatch(path)
+        match = BLOCK.fullmatch(path)
         if match is None:
             yield path
         else:
@@ -134,19 +140,6 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _by_block(norms: Mapping[str, float]) -> dict[str, float]:
-    """The norm of each block's changes together, in the blocks' order; "outside" for what is in no block."""
-    squares: dict[tuple[int, int], float] = {}
-    for path, norm in norms.items():
-        match = _BLOCK.fullmatch(path)
-        block = PARTS.index(part_of(path)), int(match[1]) if match else -1
-        squares[block] = squares.get(block, 0.0) + norm**2
-    return {
-        f"{PARTS[part]} {'outside' if number < 0 else number}": math.sqrt(square)
-        for (part, number), square in sorted(squares.items())
-    }
 
 
 def _histogram(norms: Mapping[str, float]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from networks.deltas import adapter_of, bias_delta_of
 from networks.key_formats import FileKey, find_keys, parse_keys
 from networks.merging import changes_weight
 from networks.module_names import module_names_covering
+from networks.network import part_of
+
+PARTS = ("transformer", "llm_adapter", "text_encoder")
+# The number of a module's block, and the module's name within it.
+BLOCK = re.compile(r"(?:llm_adapter\.|text_encoder\.)?(?:blocks|layers)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,19 @@ def inspect_adapter(file: AdapterFile) -> AdapterReport:
         problems=tuple(problems),
         metadata=file.metadata,
     )
+
+
+def norms_by_block(norms: Mapping[str, float]) -> dict[str, float]:
+    """The norm of each block's changes together, in the blocks' order; "outside" for what is in no block."""
+    squares: dict[tuple[int, int], float] = {}
+    for path, norm in norms.items():
+        match = BLOCK.fullmatch(path)
+        block = PARTS.index(part_of(path)), int(match[1]) if match else -1
+        squares[block] = squares.get(block, 0.0) + norm**2
+    return {
+        f"{PARTS[part]} {'outside' if number < 0 else number}": math.sqrt(square)
+        for (part, number), square in sorted(squares.items())
+    }
 
 
 def _outline(name: str, tensor: Tensor) -> Tensor:
