@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -51,6 +52,7 @@ from library.tensor_cache import TensorCache, cache_key, identity_of
 from library.training.interrupts import Interrupted
 from library.training.processes import is_first_to_tell
 from library.training.run import chooses_checkpointing
+from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
 from train_network import NetworkTrainer, RunPlan
 
@@ -305,6 +307,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def model_files(self) -> Mapping[str, Path]:
         return {"sd_model": self.settings.model.pretrained_model_name_or_path, "vae": self.settings.model.vae}
+
+    def model_identity(self) -> Mapping[str, Mapping[str, Any]]:
+        model = self.settings.model
+        files = ("pretrained_model_name_or_path", "vae", "qwen")
+        return {"topology": asdict(self.config), "model": {name: file_identity(getattr(model, name)) for name in files}}
 
     def model_facts(self) -> Mapping[str, Any]:
         timesteps = self.settings.timesteps

@@ -33,6 +33,7 @@ from library.data.validation import as_measured, counterparts, measured_batches,
 from library.errors import Problems, SettingError, UserError
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
+from library.settings.sections import settings_sections
 from library.training.adapter_writing import write_adapter
 from library.training.captured import CapturedBackward
 from library.training.host_copy import copy_to_host
@@ -50,6 +51,7 @@ from library.training.model_hashes import start_hashing
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
 from library.training.processes import gather_lists, on_any_process, sum_gradients
 from library.training.requests import SAVE_AND_STOP, SaveRequests
+from library.training.resuming import find_state
 from library.training.rotation import check_nothing_overwritten, clear_killed_saves
 from library.training.run import DTYPES, RunState, planned_steps, starting_state
 from library.training.saver import Saver
@@ -64,8 +66,9 @@ from library.training.saving import (
 )
 from library.training.schedule_checks import check_length
 from library.training.schedules import draw_schedule, make_schedule
+from library.training.snapshot import check_snapshot, digest_of, make_snapshot
 from library.training.speed import chooses_compiling, chooses_graphs, uncompiled
-from library.training.states import Resumable, StateCopy, copy_state, load_state, write_state
+from library.training.states import Resumable, StateCopy, check_shapes, copy_state, load_state, write_state
 from library.training.trackers import Tracker, check_trackers
 from library.training.validation import Validation, measured_shares, validates
 from networks.adapter_types import Adapters
@@ -94,6 +97,7 @@ class RunPlan:
 
     network: on the meta device; None where another package makes it. rates: the learning rate of each part.
     validation: pictures that are not trained but measured, as they are measured.
+    resume: the state to go on from. made_of: what a resumed run is compared by, see `library.training.snapshot`.
     """
 
     network_module: ModuleType
@@ -104,6 +108,8 @@ class RunPlan:
     validation: tuple[Picture, ...]
     epoch_steps: int
     total_steps: int
+    resume: Path | None
+    made_of: Mapping[str, Mapping[str, Any]]
 
     @property
     def all_pictures(self) -> tuple[Picture, ...]:
@@ -198,6 +204,10 @@ class NetworkTrainer(ABC):
     def model_facts(self) -> Mapping[str, Any]:
         """What else an adapter's metadata says of the model and its objective, by its keys."""
 
+    def model_identity(self) -> Mapping[str, Mapping[str, Any]]:
+        """What a resumed run must find the same of the model ("topology"), and what it should ("model")."""
+        return {}
+
     # --- the run ---
 
     def train(self) -> None:
@@ -212,6 +222,7 @@ class NetworkTrainer(ABC):
 
         plan = self.plan_run()
         pictures, epoch_steps, total_steps = plan.pictures, plan.epoch_steps, plan.total_steps
+        self.snapshot = make_snapshot(plan.made_of, settings_as_flat_dict(settings, shareable_path))
         if run.dry_run:
             logger.info("dry run: nothing is wrong\n%s", self.described(plan))
             return
@@ -231,7 +242,7 @@ class NetworkTrainer(ABC):
         )  # fmt: skip
         self.plan_validation(plan, latents)
         self.make_parts(total_steps, buckets=len({picture.bucket for picture in pictures}))
-        if run.resume is None:
+        if plan.resume is None:
             self.state = starting_state(run, epoch_steps)
             if self.state.step > 0:
                 logger.info(
@@ -239,13 +250,13 @@ class NetworkTrainer(ABC):
                     self.state.step, total_steps, self.state.epoch + 1,
                 )  # fmt: skip
         else:
-            self.state = load_state(run.resume, self.parts)
+            self.state = load_state(plan.resume, self.parts, run.resume_ignore_optimizer_mismatch)
             if self.state.step >= total_steps:
                 raise SettingError(
-                    f"resume: {run.resume} is at step {self.state.step}, and this run ends at step {total_steps}: "
+                    f"resume: {plan.resume} is at step {self.state.step}, and this run ends at step {total_steps}: "
                     "raise max_train_steps or max_train_epochs"
                 )
-            logger.info("resumed from %s at step %d of %d", run.resume, self.state.step, total_steps)
+            logger.info("resumed from %s at step %d of %d", plan.resume, self.state.step, total_steps)
             self.skip_finished_epoch(epoch_steps)
         self.facts = RunFacts(
             model=self.model_facts(),
@@ -263,9 +274,9 @@ class NetworkTrainer(ABC):
         self.tracker = tracker = Tracker(settings.logging, saving.output_name, total_steps, config, is_main)
         if tracker.folder is not None:
             logger.info("curves: %s", tracker.folder.resolve())
-        if settings.sampling.sample_at_first and run.resume is None:
+        if settings.sampling.sample_at_first and plan.resume is None:
             self.sample("e000000")
-        if run.resume is None:
+        if plan.resume is None:
             self.validate()
 
         # Each window of batches makes one optimizer step; saves and states lie between steps.
@@ -326,7 +337,8 @@ class NetworkTrainer(ABC):
         problems.attempt(check_device, run, self.device)
         if self.accelerator.is_main_process:
             clear_killed_saves(settings.saving)
-        if run.resume is None:
+        resume = problems.attempt(find_state, run, settings.saving)
+        if resume is None:
             problems.attempt(check_nothing_overwritten, settings.saving)
         problems.attempt(check_trackers, settings.logging)
         module = problems.attempt(import_network_module, settings.network.network_module)
@@ -350,19 +362,38 @@ class NetworkTrainer(ABC):
         if pictures:
             epoch_steps = steps_per_epoch(pictures, self.batch_sizes, run.gradient_accumulation_steps, processes)
             problems.attempt(check_length, settings.schedule, planned_steps(run, epoch_steps))
-            if run.resume is None:
+            if resume is None:
                 problems.attempt(starting_state, run, epoch_steps)
             if settings.data.cache_latents_to_disk:
                 folder = settings.data.cache_dir or pictures[0].path.parent
                 warn_of_cache_space(folder, latent_bytes(pictures + validation))
         validation = tuple(map(as_measured, validation))
         total_steps = planned_steps(run, epoch_steps)
-        plan = RunPlan(module, arguments, network, rates, pictures, validation, epoch_steps, total_steps)
+        made_of = {} if problems.found else self.made_of(arguments, pictures, total_steps)
+        plan = RunPlan(
+            module, arguments, network, rates, pictures, validation, epoch_steps, total_steps, resume, made_of
+        )
         if network is not None and pictures:
             problems.attempt(check_disk, settings.saving.output_dir, self.files_of(plan).total_bytes)
         problems.raise_found()
+        if resume is not None:
+            check_snapshot(resume, made_of, run.anima_resume_snapshot_strict)
+            if network is not None:
+                check_shapes(resume, network)
         logger.info("%s", bucket_table(pictures, self.batch_sizes))
         return plan
+
+    def made_of(
+        self, arguments: Mapping[str, str], pictures: Sequence[Picture], total_steps: int
+    ) -> dict[str, dict[str, Any]]:
+        """What a run that resumes this one is compared by. arguments: those of the network."""
+        sections = settings_sections(self.settings, arguments)
+        for name, facts in self.model_identity().items():
+            sections.setdefault(name, {}).update(facts)
+        shown = (f"{picture.key} {picture.bucket} {picture.repeats} {picture.caption}" for picture in pictures)
+        sections["data"].update({"number of pictures": len(pictures), "pictures and captions": digest_of(shown)})
+        sections["schedule"]["number of steps"] = total_steps
+        return sections
 
     def shows_only(self, plan: RunPlan) -> bool:
         """Draws what the settings ask to see of the planned run; whether they do, and so nothing is to be trained."""
@@ -571,7 +602,7 @@ class NetworkTrainer(ABC):
             adapters = copy_to_host(self.network.adapter_tensors())
         state = None
         if with_state:
-            state = copy_state(self.parts, replace(self.state, averages=self.meter.averages()))
+            state = copy_state(self.parts, replace(self.state, averages=self.meter.averages()), self.snapshot)
         self.saver.start(name, partial(self.write_save, name, adapters, metadata, state, self.state.step))
 
     def write_save(

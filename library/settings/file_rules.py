@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.settings.groups import Settings
 from library.settings.origins import origin
+from library.training.run import LATEST
 
 # File names end at 255 bytes; the rest is for what saves, samples, log folders and unfinished files add to the name.
 LONGEST_NAME = 180
@@ -47,9 +48,11 @@ def files_to_start_from(settings: Settings) -> Iterator[str]:
             yield f"{origin(settings, 'base_weights')}: there is no file {file}"
     if len(network.base_weights_multiplier) > len(network.base_weights):
         yield f"{origin(settings, 'base_weights_multiplier')}: more numbers than base_weights has files"
-    if resume is not None and not resume.is_dir():
+    if resume is None or resume == LATEST:
+        return
+    if not resume.is_dir():
         yield f"{origin(settings, 'resume')}: there is no folder {resume}; give a state folder (…-state)"
-    elif resume is not None and not (resume / "run_state.json").is_file():
+    elif not (resume / "run_state.json").is_file():
         yield f"{origin(settings, 'resume')}: {resume} is not a state folder (…-state): it has no run_state.json"
 
 

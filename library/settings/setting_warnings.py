@@ -82,8 +82,11 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     if run.resume is not None:
         for name in ("initial_step", "initial_epoch", "skip_until_initial_step"):
             yield name, "resume goes on from where the state was saved"
-    elif not (run.initial_step or run.initial_epoch > 1):
-        yield "skip_until_initial_step", "neither initial_step nor initial_epoch is set"
+    else:
+        yield "resume_ignore_optimizer_mismatch", "resume is not set"
+        yield "anima_resume_snapshot_strict", "resume is not set"
+        if not (run.initial_step or run.initial_epoch > 1):
+            yield "skip_until_initial_step", "neither initial_step nor initial_epoch is set"
     if settings.logging.log_with == "none":
         for name in ("logging_dir", "log_prefix", "log_config", "log_tracker_config"):
             yield name, "log_with is none"

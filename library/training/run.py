@@ -14,6 +14,9 @@ import torch
 from library.errors import SettingError
 from library.options import option
 
+# What `resume` says for the newest state.
+LATEST = Path("latest")
+
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # Below this much memory a 1024² step without recompute (18.6 GB eager at batch 1) does not fit beside a desktop.
@@ -39,7 +42,20 @@ class RunSettings:
     full_bf16: bool = option(False, "Same as mixed_precision = bf16 here: the adapter's own weights stay fp32.")
     full_fp16: bool = option(False, "Same as mixed_precision = fp16 here: the adapter's own weights stay fp32.")
     seed: int = option(42, "Everything random in the run follows from it, so the same seed gives the same run.")
-    resume: Path | None = option(None, "State folder of an earlier run to continue exactly.")
+    resume: Path | None = option(
+        None,
+        "State folder of an earlier run to continue exactly. latest: the newest complete one of this output_name in "
+        "output_dir; where there is none yet, the run begins.",
+    )
+    resume_ignore_optimizer_mismatch: bool = option(
+        True,
+        "resume with another optimizer or optimizer_args: keep the weights and start the optimizer anew. Off: stop.",
+    )
+    anima_resume_snapshot_strict: bool = option(
+        False,
+        "resume with other data, another base model or another objective: stop. Off: warn and go on. Another network "
+        "always stops; another learning rate, schedule or length never does.",
+    )
     initial_step: int = option(
         0,
         "Steps that count as done at the start: numbers in file names and the end of the run follow from it. To go on "

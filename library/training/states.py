@@ -109,7 +109,8 @@ def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool =
     Raises SettingError when the folder is no state or lacks what this run needs, ModelFileError when a file of it is
     damaged, or belongs to a network of other modules or shapes.
     """
-    check_is_state(folder)
+    if not (folder / "run_state.json").is_file():
+        raise SettingError(f"resume: {folder} is not a state folder (…-state): it has no run_state.json")
     if damage := damage_of(folder):
         raise _damaged(folder, damage)
     try:
@@ -120,7 +121,8 @@ def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool =
         others = {name: _load(file) for name in parts.others if (file := folder / f"{name}.pt").exists()}
     except _DAMAGED as error:
         raise _damaged(folder, error) from error
-    _load_network(folder, parts.network, tensors)
+    check_shapes(folder, parts.network)
+    parts.network.load_state_dict(tensors)
     try:
         load_optimizer(optimizer, parts.optimizer, parts.network, ignore_optimizer_mismatch)
         load_schedule(schedule, parts.schedule)
@@ -136,22 +138,20 @@ def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool =
     return state
 
 
-def check_is_state(folder: Path) -> None:
-    """SettingError for a folder without run_state.json."""
-    if not (folder / "run_state.json").is_file():
-        raise SettingError(f"resume: {folder} is not a state folder (…-state): it has no run_state.json")
-
-
-def _load_network(folder: Path, network: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_shapes(folder: Path, network: nn.Module) -> None:
+    """ModelFileError where the state is of a network of other modules or shapes, before any weight is read."""
+    try:
+        with safetensors.safe_open(folder / "network.safetensors", "pt") as file:
+            theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except _DAMAGED as error:
+        raise _damaged(folder, error) from error
     own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if own != theirs:
         different = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
         raise ModelFileError(
             f"resume: the state in {folder} is of another network; these tensors differ or are missing: "
             f"{first_ten(different)}. Use the network_dim, network_module and targets it was trained with."
         )
-    network.load_state_dict(tensors)
 
 
 def _damaged(folder: Path, reason: object) -> ModelFileError:

@@ -1,0 +1,167 @@
+"""Runs that are broken off, changed, and gone on with, through the same entry point as a user's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_network
+from anima_train_network import AnimaNetworkTrainer, main
+from train_network import NetworkTrainer
+
+QUICK = {"log_with": "none"}
+
+
+def adapter(tmp_path: Path, name: str = "tiny") -> dict[str, torch.Tensor]:
+    return load_file(tmp_path / "output" / f"{name}.safetensors")
+
+
+def state(tmp_path: Path, step: int) -> Path:
+    return tmp_path / "output" / f"tiny-step{step:08d}-state"
+
+
+EXACT = {
+    "lokr, dropouts, shuffled and dropped captions, fresh latents": (
+        {
+            "network_module": "networks.lokr_anima", "network_args": ["module_dropout=0.2", "rank_dropout=0.2"],
+            "shuffle_caption": True, "caption_tag_dropout_rate": 0.3, "caption_dropout_rate": 0.2,
+            "cache_latents": False, "lr_scheduler": "cosine", "lr_warmup_steps": 2,
+        },
+        {"max_data_loader_n_workers": 1},
+    ),
+    "accumulation, one at a time, cached text": (
+        {
+            "train_batch_size": 1, "gradient_accumulation_steps": 3, "cache_text_encoder_outputs": True,
+            "network_dropout": 0.2, "lr_scheduler_type": "CosineAnnealingLR", "lr_scheduler_args": ["T_max=6"],
+            "max_data_loader_n_workers": 2,
+        },
+        {"max_data_loader_n_workers": 0, "cache_text_encoder_outputs": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_in_two_parts_equals_one_in_a_piece(name, config, tmp_path, losses):
+    """Broken off in the middle of an epoch, and gone on with other workers and caches."""
+    settings, changed = EXACT[name]
+    assert main(config(max_train_steps=6, save_every_n_steps=4, save_state=True, **settings, **QUICK)) == 0
+    straight = adapter(tmp_path)
+    assert main(config(max_train_steps=6, resume=state(tmp_path, 4), **{**settings, **changed}, **QUICK)) == 0
+    assert losses[6:] == losses[4:6]
+    again = adapter(tmp_path)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in straight.items())
+
+
+def at_step(monkeypatch, number, act):
+    step = NetworkTrainer.step
+
+    def acting(self, batches, sample_count):
+        if self.state.step == number - 1:
+            act()
+        return step(self, batches, sample_count)
+
+    monkeypatch.setattr(NetworkTrainer, "step", acting)
+
+
+def test_saving_on_demand_and_going_on_with_the_latest_state(config, tmp_path, losses, monkeypatch, capsys):
+    output = tmp_path / "output"
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, (output / "save").touch)
+        at_step(patch, 2, (output / "save_stop").touch)
+        assert main(config(max_train_steps=3, resume="latest", **QUICK)) == 130
+    assert "no state of tiny in" in capsys.readouterr().err
+    names = sorted(path.name for path in output.iterdir())
+    assert names == [f"tiny-step0000000{step}{end}" for step in (1, 2) for end in ("-state", ".safetensors")]
+    assert main(config(max_train_steps=3, resume="latest", **QUICK)) == 0
+    assert f"resumed from {state(tmp_path, 2)} at step 2 of 3" in capsys.readouterr().err
+    assert main(config(max_train_steps=3, **QUICK)) == 0
+    assert losses[3:] == losses[:3]
+
+
+def test_what_a_resumed_run_may_change_and_what_not(config, tmp_path, losses, capsys, monkeypatch):
+    common = {"save_state": True, **QUICK}
+    assert main(config(max_train_steps=2, save_every_n_steps=1, **common)) == 0
+    capsys.readouterr()
+
+    # Another rate and length act, and are told.
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def recorded(self, *arguments):
+        rates.append({group["lr"] for group in self.param_groups})
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", recorded)
+        changed = {"learning_rate": 5e-4, "max_train_steps": 4, "lr_scheduler": "linear"}
+        assert main(config(resume=state(tmp_path, 1), **changed, **common)) == 0
+    assert rates[-3:] == [{5e-4 * (1 - done / 4)} for done in (1, 2, 3)]
+    said = capsys.readouterr().err
+    assert "learning_rate was 0.001, and is 0.0005" in said and "number of steps was 2, and is 4" in said
+    assert "lr/transformer goes on from 0.000375; in the state it was 0.001" in said
+
+    # Another optimizer starts anew from the same weights, or is refused.
+    lion = {"optimizer_type": "SGDNesterov", "resume": state(tmp_path, 1)}
+    assert main(config(max_train_steps=2, **lion, **common)) == 0
+    assert losses[-1] == losses[1]
+    assert "the weights are kept, and the optimizer starts anew: it was torch.optim.adamw" in capsys.readouterr().err
+    assert main(config(max_train_steps=2, resume_ignore_optimizer_mismatch=False, **lion, **common)) == 1
+    assert "set resume_ignore_optimizer_mismatch = true" in capsys.readouterr().err
+
+    # Another objective is told, or refused; another network is refused, before a model is loaded.
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
+    other = {"resume": state(tmp_path, 1), "anima_flow_shift": 1.5, "anima_resume_snapshot_strict": True}
+    assert main(config(max_train_steps=2, **other, **common)) == 1
+    assert "anima_flow_shift was unset, and is 1.5" in capsys.readouterr().err
+    for setting, message in (
+        ({"network_dim": 8}, "network_dim was 4, and is 8"),
+        ({"network_alpha": 2}, r"network_alpha was 1\.0, and is 2\.0"),
+        ({"network_args": ["target_modules=q_proj"]}, "these tensors differ or are missing"),
+    ):
+        assert main(config(max_train_steps=2, resume=state(tmp_path, 1), **setting, **common)) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_state_tells_what_it_is_of(config, tmp_path):
+    assert main(config(max_train_steps=1, save_state_on_train_end=True, **QUICK)) == 0
+    folder = tmp_path / "output" / "tiny-state"
+    written = json.loads((folder / "resume_snapshot.json").read_text())
+    sections = written["sections"]
+    assert (sections["topology"]["network_dim"], sections["topology"]["depth"]) == (4, 2)
+    assert sections["model"]["vae"]["bytes"] > 0
+    assert sections["data"]["number of pictures"] == 4
+    assert str(tmp_path) not in json.dumps(written)
+    run_state = json.loads((folder / "run_state.json").read_text())
+    assert run_state["step"] == 1 and run_state["averages"]["losses_read"] == 1
+
+
+def test_a_second_run_of_the_same_name_does_not_begin(config, tmp_path, capsys, monkeypatch):
+    assert main(config(max_train_steps=1, **QUICK)) == 0
+    before = (tmp_path / "output" / "tiny.safetensors").read_bytes()
+    monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
+    assert main(config(max_train_steps=1, overwrite_output=False, **QUICK)) == 1
+    assert "holds files of an earlier run named tiny (tiny.safetensors)" in capsys.readouterr().err
+    assert (tmp_path / "output" / "tiny.safetensors").read_bytes() == before
+
+
+def test_a_save_that_fails_does_not_end_the_run(config, tmp_path, capsys, monkeypatch):
+    write = train_network.write_state
+
+    def full_at_first(folder, state):
+        if folder.name == "tiny-step00000001-state":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, state)
+
+    monkeypatch.setattr(train_network, "write_state", full_at_first)
+    assert main(config(max_train_steps=4, save_every_n_steps=1, save_last_n_steps=1, save_state=True, **QUICK)) == 0
+    said = capsys.readouterr().err
+    assert "saving tiny-step00000001 failed: the disk of" in said and "Free some room there" in said
+    names = sorted(path.name for path in (tmp_path / "output").iterdir())
+    kept = [f"tiny-step0000000{step}{end}" for step in (2, 3) for end in ("-state", ".safetensors")]
+    assert names == ["tiny-state", *kept, "tiny.safetensors"]

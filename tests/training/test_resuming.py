@@ -1,0 +1,49 @@
+"""Which state --resume latest finds."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from library.training.checked_files import write_checked
+from library.training.resuming import find_state
+from library.training.run import LATEST, RunSettings, RunState
+from library.training.saving import SavingSettings
+
+
+@pytest.fixture
+def saving(tmp_path):
+    return SavingSettings(output_dir=tmp_path, output_name="a")
+
+
+def state(tmp_path, name, step, saved_at):
+    folder = tmp_path / name
+    folder.mkdir()
+    write_checked(folder, {"run_state.json": json.dumps(asdict(RunState(step=step, saved_at=saved_at))).encode()})
+    return folder
+
+
+def test_the_last_saved_state_of_this_name(tmp_path, saving):
+    state(tmp_path, "a-step00000900-state", 900, saved_at=10.0)
+    newest = state(tmp_path, "a-step00000200-state", 200, saved_at=20.0)
+    state(tmp_path, "b-step00000300-state", 300, saved_at=30.0)
+    state(tmp_path, ".a-step00000300-state.77.tmp", 300, saved_at=30.0)
+    assert find_state(RunSettings(resume=LATEST), saving) == newest
+
+
+def test_damaged_states_are_passed_over(tmp_path, saving, caplog):
+    good = state(tmp_path, "a-000001-state", 5, saved_at=1.0)
+    state(tmp_path, "a-000002-state", 10, saved_at=2.0)
+    path = tmp_path / "a-000002-state" / "run_state.json"
+    path.write_text(path.read_text().replace("10", "11"))
+    (tmp_path / "a-000003-state").mkdir()
+    assert find_state(RunSettings(resume=LATEST), saving) == good
+    assert "a-000002-state is damaged (run_state.json is not what was written)" in caplog.text
+    assert "a-000003-state is no complete state" in caplog.text
+
+
+def test_without_a_state_the_run_begins(saving):
+    assert find_state(RunSettings(resume=LATEST), saving) is None
+    assert find_state(RunSettings(), saving) is None
+    assert find_state(RunSettings(resume=Path("x-state")), saving) == Path("x-state")

@@ -1,0 +1,86 @@
+"""How a resumed run's differences are told."""
+
+import json
+import logging
+
+import pytest
+
+from library.errors import SettingError
+from library.training.snapshot import check_snapshot, digest_of, file_identity, make_snapshot
+
+SECTIONS = {
+    "topology": {"network_dim": 4},
+    "schedule": {"learning_rate": 1e-4, "number of steps": 10},
+    "objective": {"anima_flow_shift": 3.0, "resolution": (64, 64)},
+    "optimizer": {"optimizer_type": "AdamW", "max_grad_norm": 1.0},
+}
+
+
+@pytest.fixture
+def state(tmp_path):
+    (tmp_path / "resume_snapshot.json").write_text(json.dumps(make_snapshot(SECTIONS, {"seed": 42})))
+    return tmp_path
+
+
+def changed(section, **values):
+    return {**SECTIONS, section: {**SECTIONS[section], **values}}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_same_run_is_told_nothing(state, strict, caplog):
+    caplog.set_level(logging.INFO)
+    check_snapshot(state, SECTIONS, strict)
+    check_snapshot(state, changed("objective", new_setting=5), strict)
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_topology_stops(state, strict):
+    with pytest.raises(SettingError, match="of another network or model: network_dim was 4, and is 8"):
+        check_snapshot(state, changed("topology", network_dim=8), strict)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_rates_and_length_may_change(state, strict, caplog):
+    caplog.set_level(logging.INFO)
+    check_snapshot(state, {**changed("schedule", learning_rate=2e-4), "optimizer": {"optimizer_type": "Lion"}}, strict)
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert record.getMessage() == "resume: learning_rate was 0.0001, and is 0.0002; the run goes on with the new value"
+
+
+def test_what_else_differs_warns_or_stops(state, caplog):
+    other = changed("objective", anima_flow_shift=1.0)
+    check_snapshot(state, other, strict=False)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "anima_flow_shift was 3.0, and is 1.0" in record.getMessage()
+    with pytest.raises(SettingError, match=r"anima_flow_shift was 3\.0, and is 1\.0.*anima_resume_snapshot_strict"):
+        check_snapshot(state, other, strict=True)
+
+
+def test_snapshots_that_cannot_be_compared(tmp_path, state, caplog):
+    path = state / "resume_snapshot.json"
+    newer = {**json.loads(path.read_text()), "schema_version": 99}
+    for content, message in ((json.dumps(newer), "newer version"), ("{}", "cannot be read"), ("[", "cannot be read")):
+        path.write_text(content)
+        with pytest.raises(SettingError, match=message):
+            check_snapshot(state, SECTIONS, strict=False)
+    path.unlink()
+    check_snapshot(state, SECTIONS, strict=True)
+    assert "has no resume_snapshot.json" in caplog.text
+
+
+def test_it_holds_versions_and_settings_to_read(state):
+    written = json.loads((state / "resume_snapshot.json").read_text())
+    assert written["schema_version"] == 1 and written["settings"] == {"seed": 42}
+    assert set(written["versions"]) >= {"python", "torch"}
+
+
+def test_files_are_known_by_their_contents(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 0x100000 + b"tensors")
+    (tmp_path / "b").write_bytes(b"x" * 0x100000 + b"others!")
+    first, second = file_identity(tmp_path / "a"), file_identity(tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / "c")
+    assert first == file_identity(tmp_path / "c") != second
+    assert file_identity(tmp_path) == {"folder": tmp_path.name}
+    assert digest_of(["a", "b"]) != digest_of(["b", "a"])
