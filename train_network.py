@@ -237,7 +237,7 @@ class NetworkTrainer(ABC):
             pictures, self.batch_sizes, run.seed, accumulation=run.gradient_accumulation_steps,
             rank=self.accelerator.process_index, world_size=processes, latents=latents,
             workers=settings.data.max_data_loader_n_workers,
-            persistent_workers=settings.data.persistent_data_loader_workers,
+            persistent_workers=settings.data.persistent_data_loader_workers, total_steps=total_steps,
             announce=self.encode_ahead if settings.data.caches_text else None,
         )  # fmt: skip
         self.plan_validation(plan, latents)

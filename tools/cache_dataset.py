@@ -88,7 +88,7 @@ def _cache_captions(trainer: AnimaNetworkTrainer, plan: RunPlan, epochs: int) ->
     accelerator, settings = trainer.accelerator, trainer.settings
     batches = TrainingBatches(
         plan.pictures, trainer.batch_sizes, settings.run.seed,
-        accumulation=settings.run.gradient_accumulation_steps,
+        accumulation=settings.run.gradient_accumulation_steps, total_steps=plan.total_steps,
         rank=accelerator.process_index, world_size=accelerator.num_processes,
     )  # fmt: skip
     captions = list(dict.fromkeys(caption for epoch in range(epochs) for caption in batches.captions(epoch)))

@@ -9,16 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from library.data.augment import Variant, draw_variant, load_variant
-from library.data.captions import final_caption
-from library.data.epochs import BatchPlan, Item, plan_epoch
+from library.data.captions import Use, final_caption
+from library.data.epochs import BatchPlan, Item, StepPlan, plan_epoch
 from library.data.latents import LatentCache
 from library.data.masks import is_masked, load_loss_weights
 from library.data.pictures import Picture
+from library.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +29,13 @@ _BATCHES_AHEAD = 4
 # Captions announced at once: enough for the text encoder to work in full batches, and to visit the GPU rarely.
 _CAPTIONS_AHEAD = 512
 
-# (epoch, planned batch)
-_Entry = tuple[int, BatchPlan]
+
+class _Entry(NamedTuple):
+    """A planned batch, and the optimizer step of the run, from 0, that it belongs to."""
+
+    epoch: int
+    step: int
+    plan: BatchPlan
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ class TrainingBatches:
 
     batch_sizes: one per dataset. latents: the cache, if pictures are not to be loaded again. workers: loading
     processes; without them, and for cached latents, threads load ahead of training. persistent_workers keeps the
-    processes between epochs. announce: called now and then with the captions of the next steps, before those come.
+    processes between epochs. total_steps: the run's length, without which token_warmup_step holds no tags back.
+    announce: called now and then with the captions of the next steps, before those come.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class TrainingBatches:
         latents: LatentCache | None = None,
         workers: int = 0,
         persistent_workers: bool = False,
+        total_steps: int | None = None,
         announce: Callable[[list[str]], None] | None = None,
     ) -> None:
         self._pictures = pictures
@@ -93,7 +102,7 @@ class TrainingBatches:
         self._rank = rank
         self._world_size = world_size
         self._announce = announce
-        self._dataset = _BatchDataset(pictures, seed, latents)
+        self._dataset = _BatchDataset(pictures, seed, latents, total_steps)
         self._sampler = _PlanSampler()
         if workers and latents is not None:
             logger.info("latents are cached, so no loading processes are started (max_data_loader_n_workers)")
@@ -112,11 +121,13 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepBatches]:
         """The epoch's steps from `first_step` on; skipped steps are not loaded."""
-        plan = plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
-        steps = plan[first_step:]
-        own = [[(epoch, batch) for batch in step.batches_of_rank[self._rank]] for step in steps]
+        plan = self._plan(epoch)
+        steps, own = plan[first_step:], self._own_entries(epoch, plan)[first_step:]
         self._sampler.entries = [entry for entries in own for entry in entries]
-        loaded = _loaded_ahead(self._dataset, self._sampler.entries) if self._loader is None else iter(self._loader)
+        if self._loader is None:
+            loaded = _loaded_ahead(self._dataset, self._sampler.entries)
+        else:
+            loaded = _loaded_by_processes(self._loader)
         announced = 0
         for number, (step, entries) in enumerate(zip(steps, own, strict=True)):
             if self._announce is not None and number == announced:
@@ -125,9 +136,18 @@ class TrainingBatches:
 
     def captions(self, epoch: int) -> list[str]:
         """All captions that this rank meets in an epoch, in order."""
-        plan = plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
-        batches = [batch for step in plan for batch in step.batches_of_rank[self._rank]]
-        return [caption for batch in batches for caption in self._dataset.captions((epoch, batch))]
+        entries = [entry for entries in self._own_entries(epoch, self._plan(epoch)) for entry in entries]
+        return [caption for entry in entries for caption in self._dataset.captions(entry)]
+
+    def _plan(self, epoch: int) -> list[StepPlan]:
+        return plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
+
+    def _own_entries(self, epoch: int, plan: Sequence[StepPlan]) -> list[list[_Entry]]:
+        """This rank's batches of each step."""
+        return [
+            [_Entry(epoch, epoch * len(plan) + number, batch) for batch in step.batches_of_rank[self._rank]]
+            for number, step in enumerate(plan)
+        ]
 
     def _announce_from(self, first: int, steps: Sequence[Sequence[_Entry]]) -> int:
         """Announces the captions of some steps, and returns the step to go on from."""
@@ -172,6 +192,27 @@ def _loaded_ahead(dataset: _BatchDataset, entries: Sequence[_Entry]) -> Iterator
         pool.shutdown(cancel_futures=True)
 
 
+def _loaded_by_processes(loader: DataLoader) -> Iterator[Batch]:
+    """The loader's batches. DataError where a process has died."""
+    batches = iter(loader)
+    if hasattr(signal, "SIGCHLD"):
+        # PyTorch's handler would raise in the midst of a step; without it the death is found here, between two.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                "a process that loads pictures has died, mostly because memory or /dev/shm is full: lower "
+                "max_data_loader_n_workers; with 0, threads load instead, which need no /dev/shm"
+            ) from error
+        yield batch
+
+
 def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
     """Ctrl+C reaches every process of a terminal; the run still needs its loaders to finish the step it saves after."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -191,16 +232,19 @@ class _PlanSampler(Sampler[_Entry]):
 
 
 class _BatchDataset(Dataset[Batch]):
-    """(epoch, planned batch) -> the loaded batch."""
+    """A planned batch -> the loaded one."""
 
-    def __init__(self, pictures: Sequence[Picture], seed: int, latents: LatentCache | None) -> None:
+    def __init__(
+        self, pictures: Sequence[Picture], seed: int, latents: LatentCache | None, total_steps: int | None = None
+    ) -> None:
         self._pictures = pictures
         self._seed = seed
         self._latents = latents
+        self._total_steps = total_steps
         self._is_masked = any(map(is_masked, pictures))
 
     def __getitem__(self, entry: _Entry) -> Batch:
-        epoch, plan = entry
+        epoch, _, plan = entry
         pictures = [self._pictures[item.picture] for item in plan.items]
         variants = [
             draw_variant(picture, self._seed, epoch, item.repeat)
@@ -228,12 +272,12 @@ class _BatchDataset(Dataset[Batch]):
 
     def captions(self, entry: _Entry) -> list[str]:
         """The batch's captions, without loading it."""
-        epoch, plan = entry
-        return [self._caption(item, epoch) for item in plan.items]
+        return [self._caption(item, entry) for item in entry.plan.items]
 
-    def _caption(self, item: Item, epoch: int) -> str:
+    def _caption(self, item: Item, entry: _Entry) -> str:
         picture = self._pictures[item.picture]
-        return final_caption(picture.caption, picture.subset, self._seed, epoch, picture.key, item.repeat)
+        use = Use(self._seed, entry.epoch, picture.key, item.repeat, entry.step, self._total_steps)
+        return final_caption(picture.caption, picture.nl, picture.subset, use)
 
 
 def _prior_weight(picture: Picture) -> float:

@@ -1,7 +1,7 @@
 """Metadata files: the captions of many pictures in one file, as Kohya's scripts and others write them.
 
-.json: {"a/1.png": {"caption": "a cat", "tags": "cat, sitting", "image_size": [832, 1216]}}, the ending of a picture may
-be left out. .jsonl: a line {"image_path": "a/1.png", ...} for each picture, with the same keys.
+.json: {"a/1.png": {"caption": "a cat", "tags": "cat, sitting", "nl": "A cat.", "image_size": [832, 1216]}}, the ending
+of a picture may be left out. .jsonl: a line {"image_path": "a/1.png", ...} for each picture, with the same keys.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from library.data.folders import PICTURE_ENDINGS
+from library.data.wildcards import text_lines
 from library.errors import DataError
 
 _PATH_KEYS = ("image_path", "file_name", "image", "path")
@@ -30,12 +32,16 @@ class PictureMetadata:
     path: Path | None
     caption: str | None
     tags: str | None
+    nl: str | None
     size: tuple[int, int] | None
 
     def whole_caption(self, separator: str) -> str | None:
-        """Caption and tags, joined by the separator as Kohya's scripts do; None where there is neither."""
-        parts = [part for part in (self.caption, self.tags) if part]
-        return f"{separator.strip()} ".join(parts) if parts else None
+        """Caption and tags, joined by the separator as Kohya's scripts do; None where there is neither.
+
+        Where they have several lines, each line of the one is joined to each of the other.
+        """
+        lines = [text_lines(text) for text in (self.caption, self.tags) if text and text.strip()]
+        return "\n".join(f"{separator.strip()} ".join(parts) for parts in product(*lines)) if lines else None
 
 
 def read_metadata_file(file: Path, image_dir: Path | None) -> list[PictureMetadata]:
@@ -85,10 +91,11 @@ def _metadata(file: Path, folder: _Pictures, name: str, entry: Any) -> PictureMe
         raise DataError(f"{place}: expected {{caption, tags, image_size}}, not {str(entry)[:80]!r}")
     tags = entry.get("tags")
     tags = ", ".join(map(str, tags)) if isinstance(tags, list) else tags
-    for key, value in (("caption", entry.get("caption")), ("tags", tags)):
+    caption, nl = entry.get("caption"), entry.get("nl")
+    for key, value in (("caption", caption), ("tags", tags), ("nl", nl)):
         if value is not None and not isinstance(value, str):
             raise DataError(f"{place}: {key} is {str(value)[:80]!r}, not a text")
-    return PictureMetadata(name, folder.find(name), entry.get("caption"), tags, _size(place, entry))
+    return PictureMetadata(name, folder.find(name), caption, tags, nl, _size(place, entry))
 
 
 def _size(place: str, entry: Mapping[str, Any]) -> tuple[int, int] | None:

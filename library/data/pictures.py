@@ -28,7 +28,8 @@ class Picture:
 
     key: "dataset/subset/file name", with "@768x768" where the dataset trains at several resolutions; random choices
     follow from it, so it holds nothing that depends on the machine.
-    caption: the first line of the caption file or that of the metadata file, else class_tokens, else "".
+    caption: what is written of it, else class_tokens, else ""; with caption_mix its tags, and nl its natural language.
+    Of several lines the first, or with enable_wildcard all.
     size, bucket: (width, height) in pixels, of the upright picture and of what is trained.
     dataset: which dataset it belongs to, counted from 0. mask: the file of its mask.
     extra_repeats: how often an epoch shows it beyond its subset's num_repeats.
@@ -41,6 +42,7 @@ class Picture:
     bucket: tuple[int, int]
     dataset: int
     subset: SubsetSettings
+    nl: str = ""
     mask: Path | None = None
     extra_repeats: int = 0
 
@@ -73,10 +75,14 @@ def scan_datasets(
 
 
 def _picture(source: Source, size: tuple[int, int], bucket: tuple[int, int], key_suffix: str) -> Picture:
+    tags, nl = source.fields.tags, source.fields.nl
+    if tags is None and nl is None:
+        tags = source.subset.class_tokens
     return Picture(
         key=source.key + key_suffix,
         path=source.path,
-        caption=source.caption if source.caption is not None else source.subset.class_tokens or "",
+        caption=tags or "",
+        nl=nl or "",
         size=size,
         bucket=bucket,
         dataset=source.dataset,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from library.data.caption_mix import parse_caption_mix
 from library.options import option
 
 
@@ -128,7 +129,7 @@ class SubsetSettings:
     image_dir: Path | None = option(None, "Folder with the pictures (not searched recursively).")
     metadata_file: Path | None = option(
         None,
-        "JSON file {picture: {caption, tags, image_size}}, or .jsonl with a line {image_path, caption, tags, "
+        "JSON file {picture: {caption, tags, nl, image_size}}, or .jsonl with a line {image_path, caption, tags, nl, "
         "image_size} each, instead of caption files; its paths begin at image_dir, else where the file lies.",
     )
     num_repeats: int = option(1, "How often an epoch shows each picture.", aliases=("dataset_repeats",))
@@ -143,19 +144,66 @@ class SubsetSettings:
     caption_extension: str = option(
         ".txt", "Ending of the caption file beside each picture.", aliases=("caption_extention",)
     )
-    class_tokens: str | None = option(None, "Caption of a picture that has no caption file.")
-    shuffle_caption: bool = option(False, "Shuffle a caption's tags anew each time it is used.")
+    class_tokens: str | None = option(None, "Caption of a picture that has none of its own.")
+    shuffle_caption: bool = option(
+        False, "Shuffle a caption's tags anew each time it is used. Not for sentences: they have shuffle_sentences."
+    )
     caption_separator: str = option(",", "What separates tags in a caption.", parse=parse_separator)
+    secondary_separator: str = option(
+        "",
+        "Joins tags that stay together: with ';;;', 'red hat;;;long hat' is moved and dropped as one, and then "
+        "separated like the others.",
+    )
     keep_tokens: int = option(0, "How many tags at the start stay in place when tags are shuffled or dropped.")
     keep_tokens_separator: str = option(
         "",
         "Tags before this mark stay at the start, those after a second one at the end; used instead of keep_tokens "
         "where a caption contains it.",
     )
+    enable_wildcard: bool = option(
+        False,
+        "Draw anew at each use: one of the choices of each {red|blue} in a caption, and one of its lines, where there "
+        "are several. Off: braces are plain text, and the first line is the caption.",
+    )
     caption_prefix: str = option("", "Text put before every caption, never shuffled or dropped with the tags.")
     caption_suffix: str = option("", "Text put after every caption, never shuffled or dropped with the tags.")
-    caption_dropout_rate: float = option(0.0, "Share of uses in which the whole caption is left empty (0 to 1).")
-    caption_tag_dropout_rate: float = option(0.0, "Chance of each tag to be left out at each use (0 to 1).")
+    caption_dropout_rate: float = option(
+        0.0,
+        "Share of uses in which the whole caption is left empty (0 to 1). 0.05 to 0.1 makes guidance work on what is "
+        "trained, and prompts without its trigger get some of it.",
+    )
+    caption_dropout_every_n_epochs: int | None = option(
+        None, "Leave all captions empty in every n-th epoch: 4 does so in epochs 4, 8, 12.", zero_is_unset=True
+    )
+    caption_tag_dropout_rate: float = option(
+        0.0,
+        "Chance of each tag to be left out at each use (0 to 1). 0.1 helps against tags that only work together; "
+        "keep_tokens protects a trigger.",
+    )
+    token_warmup_step: int | float = option(
+        0, "Steps over which captions grow from their first tags to all of them; below 1, a fraction of the run."
+    )
+    token_warmup_min: int = option(1, "How many tags, beside those that are kept, token_warmup_step begins with.")
+    caption_mix: str | None = option(
+        None,
+        "Train tags and natural language (nl) as two fields, and how often each form is used: 'tags=0.4, nl=0.3, "
+        "tags+nl=0.2, nl+tags=0.1'. Natural language comes from nl_extension, nl_separator or a metadata file; where "
+        "a picture lacks a field, the other is used. Unset: a caption is one text.",
+        parse=parse_caption_mix,
+    )
+    nl_extension: str = option(
+        ".nl.txt", "caption_mix: ending of the file with natural language beside each picture; caption_extension's has "
+        "the tags."
+    )  # fmt: skip
+    nl_separator: str = option(
+        "",
+        "caption_mix: the mark between tags and natural language where one file holds both, such as '###'; used "
+        "instead of nl_extension.",
+    )
+    shuffle_sentences: bool = option(False, "caption_mix: shuffle the sentences of natural language anew at each use.")
+    sentence_dropout_rate: float = option(
+        0.0, "caption_mix: chance of each sentence of natural language to be left out at each use (0 to 1)."
+    )
     flip_aug: bool = option(
         False, "Mirror pictures left to right in half of their uses. Not for what has a side: text, asymmetric clothes."
     )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from library.data.captions import read_caption_lines
+from library.data.caption_fields import CaptionFields, fields_from_files, fields_from_metadata
 from library.data.folders import PICTURE_ENDINGS, pictures_in, warn_of_unread
 from library.data.metadata_files import PictureMetadata, read_metadata_file
 from library.data.settings import DatasetSettings, SubsetSettings
@@ -21,13 +21,13 @@ logger = logging.getLogger(__name__)
 class Source:
     """A picture file of a subset.
 
-    key: "dataset/subset/file name". caption: None where there is none. size: (width, height) where a metadata file
-    tells it. mask: the file with its mask.
+    key: "dataset/subset/file name". fields: what is written of it; a line each, unless wildcards draw lines.
+    size: (width, height) where a metadata file tells it. mask: the file with its mask.
     """
 
     key: str
     path: Path
-    caption: str | None
+    fields: CaptionFields
     size: tuple[int, int] | None
     mask: Path | None
     dataset: int
@@ -47,8 +47,8 @@ def find_sources(datasets: Sequence[DatasetSettings]) -> list[Source]:
             list_pictures = _from_folder if subset.metadata_file is None else _from_metadata
             masks = _masks(subset)
             found += [
-                Source(f"{place}/{name}", path, caption, size, masks.get(path.stem), dataset, subset)
-                for name, path, caption, size in list_pictures(subset)
+                Source(f"{place}/{name}", path, fields, size, masks.get(path.stem), dataset, subset)
+                for name, path, fields, size in list_pictures(subset)
             ]
     if not found:
         raise DataError("there are no datasets with subsets: give train_data_dir or dataset_config")
@@ -57,8 +57,8 @@ def find_sources(datasets: Sequence[DatasetSettings]) -> list[Source]:
     return found
 
 
-# Name within the subset, path, caption, size
-_Listed = tuple[str, Path, str | None, tuple[int, int] | None]
+# Name within the subset, path, what is written of it, size
+_Listed = tuple[str, Path, CaptionFields, tuple[int, int] | None]
 
 
 def _from_folder(subset: SubsetSettings) -> list[_Listed]:
@@ -67,28 +67,45 @@ def _from_folder(subset: SubsetSettings) -> list[_Listed]:
         raise DataError(
             f"no pictures directly in image_dir {subset.image_dir} (looked for {', '.join(PICTURE_ENDINGS)})"
         )
-    return [(path.name, path, caption, None) for path, caption in zip(paths, _captions(paths, subset), strict=True)]
-
-
-def _captions(paths: Sequence[Path], subset: SubsetSettings) -> list[str | None]:
-    captions, missing, cut, unreadable = [], [], [], []
+    fields, unreadable = [], []
     for path in paths:
-        caption_path = path.with_name(path.stem + subset.caption_extension)
         try:
-            lines = read_caption_lines(caption_path) if caption_path.is_file() else None
+            fields.append(fields_from_files(path, subset))
         except DataError as error:
             unreadable.append(str(error))
-            continue
-        if lines is None:
-            missing.append(f"{path} (no {caption_path.name})")
-        elif len(lines) > 1:
-            cut.append(str(caption_path))
-        captions.append(None if lines is None else "".join(lines[:1]))
     if unreadable:
         raise DataError(f"{len(unreadable)} caption files cannot be read:\n{listed(unreadable)}")
-    _warn(missing, "pictures have no caption file; they get class_tokens, or an empty caption where that is not set")
-    _warn(cut, "caption files have several lines; only the first is used")
-    return captions
+    if subset.caption_mix is None:
+        _warn_of_unused_files(paths, subset)
+    own = _checked_fields([str(path) for path in paths], fields, subset, f"file ({subset.caption_extension})")
+    return [(path.name, path, each, None) for path, each in zip(paths, own, strict=True)]
+
+
+def _checked_fields(
+    names: Sequence[str], found: Sequence[CaptionFields], subset: SubsetSettings, place: str
+) -> list[CaptionFields]:
+    """The fields as they are trained; says what is missing in the place they come from, and which lines are unused."""
+    missing, cut, without = [], [], {"tags": [], "natural language": []}
+    for name, fields in zip(names, found, strict=True):
+        if fields.tags is None and fields.nl is None:
+            missing.append(name)
+        elif subset.caption_mix is not None and not (fields.tags and fields.nl):
+            without["natural language" if fields.tags else "tags"].append(name)
+        if not subset.enable_wildcard and "\n" in f"{fields.tags}{fields.nl}":
+            cut.append(name)
+    _warn(missing, f"pictures have no caption {place}; they get class_tokens, or an empty caption without")
+    for field, lacking in without.items():
+        _warn(lacking, f"pictures have no {field}; caption_mix uses what they have in each form")
+    _warn(cut, "captions have several lines, of which the first is used; enable_wildcard would draw one each time")
+    return list(found) if subset.enable_wildcard else [fields.first_lines() for fields in found]
+
+
+def _warn_of_unused_files(paths: Sequence[Path], subset: SubsetSettings) -> None:
+    """Natural language that nothing asks for."""
+    beside = {path.name for path in subset.image_dir.iterdir()}
+    unused = [name for path in paths if (name := path.stem + subset.nl_extension) in beside]
+    if subset.nl_extension != subset.caption_extension:
+        _warn(unused, "files of natural language are not used: set caption_mix")
 
 
 def _from_metadata(subset: SubsetSettings) -> list[_Listed]:
@@ -105,10 +122,20 @@ def _from_metadata(subset: SubsetSettings) -> list[_Listed]:
     if twice:
         raise DataError(f"metadata_file {subset.metadata_file} names pictures twice; keep one each\n{listed(twice)}")
     _warn_of_unnamed(entries, subset)
-    captions = [entry.whole_caption(subset.caption_separator) for entry in entries]
-    missing = [entry.name for entry, caption in zip(entries, captions, strict=True) if caption is None]
-    _warn(missing, f"pictures have no caption in {subset.metadata_file}; they get class_tokens, or an empty caption")
-    return [(entry.name, entry.path, caption, entry.size) for entry, caption in zip(entries, captions, strict=True)]
+    _warn_of_unused_texts(entries, subset)
+    found = [fields_from_metadata(entry, subset) for entry in entries]
+    fields = _checked_fields([entry.name for entry in entries], found, subset, f"in {subset.metadata_file}")
+    return [(entry.name, entry.path, own, entry.size) for entry, own in zip(entries, fields, strict=True)]
+
+
+def _warn_of_unused_texts(entries: Sequence[PictureMetadata], subset: SubsetSettings) -> None:
+    """What a metadata file says of pictures in vain."""
+    if subset.caption_mix is None:
+        unused, why = [entry.name for entry in entries if entry.nl], "nl: set caption_mix to use it"
+    else:
+        unused = [entry.name for entry in entries if entry.caption and entry.tags and entry.nl]
+        why = "caption: caption_mix uses their tags and nl"
+    _warn(unused, f"pictures in {subset.metadata_file} have an unused {why}")
 
 
 def _warn_of_unnamed(entries: Sequence[PictureMetadata], subset: SubsetSettings) -> None:

@@ -125,9 +125,10 @@ def _tag_frequency(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
 
 
 def _tags(caption: str, subset: SubsetSettings) -> list[str]:
-    """A caption's tags, each once, without the marks that only tell which of them are kept in place."""
-    if subset.keep_tokens_separator:
-        caption = caption.replace(subset.keep_tokens_separator, subset.caption_separator)
+    """A caption's tags, each once, without the marks that only tell which of them stay in place or together."""
+    for mark in ("\n", subset.keep_tokens_separator, subset.secondary_separator):
+        if mark:
+            caption = caption.replace(mark, subset.caption_separator)
     tags = {tag.strip() for tag in caption.split(subset.caption_separator)}
     return sorted(tag for tag in tags if 0 < len(tag) <= _LONGEST_TAG)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 
 from library.data.settings import SubsetSettings
 from library.settings.groups import Settings
@@ -39,6 +40,24 @@ def _subset_problems(settings: Settings, subset: SubsetSettings) -> Iterator[tup
     if data.masked_loss is False and _has_masks(subset):
         name = "alpha_mask" if subset.alpha_mask else "conditioning_data_dir"
         yield name, "it gives masks, and masked_loss = false asks for none: remove one of them"
+    yield from _caption_problems(subset)
+
+
+def _caption_problems(subset: SubsetSettings) -> Iterator[tuple[str, str]]:
+    separators = ("caption_separator", "secondary_separator", "keep_tokens_separator", "nl_separator")
+    for first, second in combinations([name for name in separators if getattr(subset, name)], 2):
+        if getattr(subset, first) == getattr(subset, second):
+            yield second, f"it is the same as {first}: choose another mark"
+    if (
+        subset.secondary_separator != subset.caption_separator
+        and subset.caption_separator in subset.secondary_separator
+    ):
+        yield "secondary_separator", "it contains caption_separator, which would cut it: choose another mark"
+    if subset.caption_mix is None:
+        if subset.nl_separator:
+            yield "nl_separator", "without caption_mix the mark would be trained as text: set caption_mix, or remove it"
+    elif subset.metadata_file is None and not subset.nl_separator and subset.nl_extension == subset.caption_extension:
+        yield "nl_extension", "it is the same as caption_extension: give natural language files of its own"
 
 
 def _has_masks(subset: SubsetSettings) -> bool:
@@ -56,8 +75,27 @@ def data_without_effect(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "prior_loss_weight", "no pictures are for regularisation (is_reg, reg_data_dir)"
     if datasets and all(dataset.resolutions for dataset in datasets):
         yield "resolution", "resolutions is set, and wins"
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    if subsets:
+        yield from _captions_without_effect(subsets)
     if all(dataset.validation_split in (0, 1) for dataset in datasets):
         yield "validation_seed", "no dataset is split: validation_split is neither above 0 nor below 1"
     if not _validates(settings):
         for name in vars(settings.validation):
             yield name, "no pictures are kept for validation: set validation_split"
+
+
+def _captions_without_effect(subsets: Sequence[SubsetSettings]) -> Iterator[tuple[str, str]]:
+    def has(*names: str) -> bool:
+        return any(getattr(subset, name) for subset in subsets for name in names)
+
+    if not has("shuffle_caption", "caption_tag_dropout_rate", "token_warmup_step"):
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            yield name, "no tags are shuffled or dropped"
+    if not has("token_warmup_step"):
+        yield "token_warmup_min", "token_warmup_step is 0"
+    if not has("caption_mix"):
+        for name in ("nl_extension", "shuffle_sentences", "sentence_dropout_rate"):
+            yield name, "it is for caption_mix, which is not set"
+    elif all(subset.nl_separator for subset in subsets if subset.caption_mix):
+        yield "nl_extension", "nl_separator is set, and wins"

@@ -80,7 +80,6 @@ NO_EFFECT: dict[str, str] = {
 FIXED: dict[str, tuple[Any, ...]] = {
     "save_model_as": ("safetensors",),
     "model_prediction_type": ("raw",),
-    "enable_wildcard": (False,),
     "network_multiplier": (1, 1.0),
 }
 
@@ -112,10 +111,6 @@ REFUSED: dict[str, str] = {
     "skip_image_resolution": "small pictures are trained; set bucket_no_upscale so that they are not enlarged",
     "debug_dataset": "the table of buckets at the start of a run shows what the pictures became",
     "on_nonfinite": "remove it",
-    "secondary_separator": "remove it",
-    "caption_dropout_every_n_epochs": "set caption_dropout_rate",
-    "token_warmup_min": "remove it",
-    "token_warmup_step": "remove it",
     "deepspeed": _NO_DEEPSPEED,
     "zero_stage": _NO_DEEPSPEED,
     "offload_optimizer_device": _NO_DEEPSPEED,

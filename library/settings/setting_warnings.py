@@ -112,7 +112,3 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     if not any(dataset.enable_bucket for dataset in settings.datasets):
         for name in ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"):
             yield name, "enable_bucket is off"
-    subsets = [subset for dataset in settings.datasets for subset in dataset.subsets]
-    if not any(subset.shuffle_caption or subset.caption_tag_dropout_rate for subset in subsets):
-        for name in ("keep_tokens", "keep_tokens_separator"):
-            yield name, "no tags are shuffled or dropped"

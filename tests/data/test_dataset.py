@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from library.data import dataset
-from library.data.dataset import TrainingBatches, _BatchDataset
+from library.data.dataset import TrainingBatches, _BatchDataset, _Entry
 from library.data.epochs import BatchPlan, Item
 from library.data.latents import cache_latents
 from library.data.pictures import scan_datasets
@@ -72,8 +72,8 @@ def test_half_of_the_uses_are_flipped(pictures):
     dataset = _BatchDataset(
         pictures[:1], seed=1, latents={(pictures[0].key, flip): torch.tensor(flip) for flip in (False, True)}
     )
-    plan = BatchPlan(tuple(Item(0, repeat) for repeat in range(1000)))
-    assert 437 <= dataset[0, plan].latents_BCTHW.sum().item() <= 563  # 500 expected, 4 standard deviations are 63
+    entry = _Entry(0, 0, BatchPlan(tuple(Item(0, repeat) for repeat in range(1000))))
+    assert 437 <= dataset[entry].latents_BCTHW.sum().item() <= 563  # 500 expected, 4 standard deviations are 63
 
 
 def test_workers_change_nothing(pictures):
@@ -140,8 +140,8 @@ def test_workers_go_on_after_ctrl_c(pictures):
 
 def test_datasets_can_be_sent_to_spawned_processes(pictures):
     copy = pickle.loads(pickle.dumps(_BatchDataset(pictures, 1, None)))
-    plan = BatchPlan((Item(0, 0),))
-    assert torch.equal(copy[0, plan].pixels_BCHW, _BatchDataset(pictures, 1, None)[0, plan].pixels_BCHW)
+    entry = _Entry(0, 0, BatchPlan((Item(0, 0),)))
+    assert torch.equal(copy[entry].pixels_BCHW, _BatchDataset(pictures, 1, None)[entry].pixels_BCHW)
 
 
 def test_starting_in_the_middle(pictures):
@@ -222,6 +222,24 @@ def test_captions_are_announced_before_their_steps(pictures, monkeypatch):
     assert 1 < len(announced) < 4
     everything = loader.captions(3)
     assert everything[-len(used) :] == used and len(everything) == 14
+
+
+def test_the_number_of_tags_follows_from_the_step_wherever_a_run_goes_on(tmp_path, draw):
+    for index in range(4):
+        draw(f"p{index}", caption="one, two, three, four")
+    subset = SubsetSettings(image_dir=tmp_path, token_warmup_step=0.75)
+    dataset = DatasetSettings(resolution=(64, 64), subsets=(subset,))
+    pictures = scan_datasets([dataset], skip_broken=False, show_progress=False)
+
+    def counts(epoch, first_step=0, **more):
+        steps = TrainingBatches(pictures, [1], seed=1, total_steps=12, **more).epoch(epoch, first_step)
+        return [len(caption.split(", ")) for step in steps for batch in step.batches for caption in batch.captions]
+
+    # 1 + floor(step * 3 / 9)
+    assert (counts(0), counts(1), counts(2)) == ([1, 1, 1, 2], [2, 2, 3, 3], [3, 4, 4, 4])
+    assert counts(1, first_step=2) == [3, 3] == counts(1, workers=1)[2:]
+    assert counts(2, rank=1, world_size=2) == [2, 2]  # steps 4 and 5
+    assert TrainingBatches(pictures, [1], seed=1).captions(0) == ["one, two, three, four"] * 4
 
 
 def test_each_rank_announces_its_own_captions(pictures):

@@ -70,6 +70,17 @@ def test_several_resolutions(model_flags, resolutions):
         ("enable_bucket = true\nresolutions = [512, 1536]", "", [],
          "d.toml:3: datasets.resolutions: 1536x1536 goes beyond max_bucket_reso, which is 1024: change the one or the "
          "other"),
+        ("caption_separator = ';'", "secondary_separator = ';;;'", [],
+         "d.toml:5: datasets.subsets.secondary_separator: it contains caption_separator, which would cut it"),
+        ("keep_tokens_separator = '|||'", "caption_mix = 'nl=1'\nnl_separator = '|||'", [],
+         "d.toml:6: datasets.subsets.nl_separator: it is the same as keep_tokens_separator: choose another mark"),
+        ("nl_separator = '###'", "", [],
+         "d.toml:2: datasets.nl_separator: without caption_mix the mark would be trained as text: set caption_mix"),
+        ("caption_mix = 'nl=1'", "nl_extension = '.txt'", [],
+         "d.toml:5: datasets.subsets.nl_extension: it is the same as caption_extension"),
+        ("caption_dropout_every_n_epochs = 1", "", [],
+         "d.toml:2: datasets.caption_dropout_every_n_epochs: 1 is out of range; give 2 or more"),
+        ("caption_mix = 'tag=1'", "", [], "d.toml:2: datasets.caption_mix = 'tag=1': 'tag' is none of the forms tags"),
         ("", "face_crop_aug_range = '2.0,4.0'", [], "it needs the places of faces in file names"),
         ("resolution = [512, 768, 1024]", "", [], "several sizes go into resolutions"),
         ("", "resolution = 512", [], "resolution does not belong here; put it under [general] or [[datasets]]"),
@@ -87,6 +98,13 @@ def test_what_does_not_go_together(model_flags, text, subset, words, message):
         ("prior_loss_weight = 0.5", "prior_loss_weight does nothing: no pictures are for regularisation"),
         ("resolution = 512\nresolutions = [512, 768]", "resolution does nothing: resolutions is set, and wins"),
         ("validation_seed = 1", "validation_seed does nothing: no dataset is split"),
+        ("token_warmup_min = 3", "token_warmup_min does nothing: token_warmup_step is 0"),
+        ("keep_tokens = 3", "keep_tokens does nothing: no tags are shuffled or dropped"),
+        ("shuffle_sentences = true", "shuffle_sentences does nothing: it is for caption_mix, which is not set"),
+        (
+            "nl_extension = '.nl'\nnl_separator = '#'\ncaption_mix = 'nl=1'",
+            "nl_extension does nothing: nl_separator is set, and wins",
+        ),
         ("custom_attributes = {a = 1}", "custom_attributes does nothing"),
         ("cache_info = true", "cache_info does nothing"),
     ],
@@ -94,6 +112,14 @@ def test_what_does_not_go_together(model_flags, text, subset, words, message):
 def test_what_does_nothing_is_said(model_flags, caplog, text, reason):
     read_settings([*model_flags, *dataset_file(text)])
     assert reason in caplog.text
+
+
+def test_a_subset_may_turn_off_what_it_inherits(model_flags):
+    outer = "caption_mix = 'nl=1'\nnl_separator = '#'\ncaption_dropout_every_n_epochs = 4"
+    inner = "caption_mix = ''\nnl_separator = ''\ncaption_dropout_every_n_epochs = 0"
+    (dataset,) = read_settings([*model_flags, *dataset_file(outer, inner)]).datasets
+    (subset,) = dataset.subsets
+    assert (subset.caption_mix, subset.nl_separator, subset.caption_dropout_every_n_epochs) == (None, "", None)
 
 
 def test_the_example_of_the_page_is_read(model_flags):

@@ -31,6 +31,8 @@ def toml_and_words(spelling):
         return '["kohya", "comfy"]', [f"--{spelling}", "kohya", "comfy"], ("kohya", "comfy")
     if declared.name == "base_weights_multiplier":
         return "[0.5, 1]", [f"--{spelling}", "0.5", "1"], (0.5, 1.0)
+    if declared.name == "caption_mix":
+        return '"tags=1, nl=2"', [f"--{spelling}", "tags=1, nl=2"], "tags=1, nl=2"
     if declared.choices:
         value = next(choice for choice in declared.choices if choice != declared.default)
         return f'"{value}"', [f"--{spelling}", value], value
