@@ -41,6 +41,7 @@ from library.training.interrupts import Interrupted, stop_requests
 from library.training.machine import (
     check_device,
     check_disk,
+    check_writable,
     describe_device,
     readable_size,
     warn_of_cache_space,
@@ -335,6 +336,7 @@ class NetworkTrainer(ABC):
         settings, run, processes = self.settings, self.settings.run, self.accelerator.num_processes
         problems = Problems(self.known_problems)
         problems.attempt(check_device, run, self.device)
+        problems.attempt(check_writable, settings.saving.output_dir)
         if self.accelerator.is_main_process:
             clear_killed_saves(settings.saving)
         resume = problems.attempt(find_state, run, settings.saving)
