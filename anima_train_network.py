@@ -50,6 +50,7 @@ from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
 from library.training.interrupts import Interrupted
+from library.training.launcher import end_with_launcher
 from library.training.processes import is_first_to_tell
 from library.training.run import chooses_checkpointing
 from library.training.snapshot import file_identity
@@ -336,6 +337,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted."""
+    end_with_launcher()
     # The main process renders samples and saves while others wait for it; by default they give up after 10 minutes.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
