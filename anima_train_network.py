@@ -65,10 +65,11 @@ T = TypeVar("T")
 class TrainingInputs(NamedTuple):
     """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`.
 
-    weights_B: what each sample's loss is multiplied by. mask_B1HW: what that of each place is; ones [B, 1, 1, 1]
-    without masks.
+    rows_B: their places in the batch. weights_B: what each sample's loss is multiplied by. mask_B1HW: what that of each
+    place is; ones [B, 1, 1, 1] without masks.
     """
 
+    rows_B: Tensor
     noisy_BCTHW: Tensor
     timesteps_B: Tensor
     target_BCTHW: Tensor
@@ -83,6 +84,7 @@ class TrainingInputs(NamedTuple):
 class ContextInputs(NamedTuple):
     """`TrainingInputs` where nothing that makes the context is trained, so that it is there already."""
 
+    rows_B: Tensor
     noisy_BCTHW: Tensor
     timesteps_B: Tensor
     target_BCTHW: Tensor
@@ -238,7 +240,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         for length, rows in rows_of.items():
             own = [encoded[row] for row in rows]
             chosen = slice(None) if len(rows_of) == 1 else rows
-            samples = (noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], mask[chosen])
+            places = to_device(torch.tensor(rows), self.device)
+            samples = (places, noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], mask[chosen])
             if self.has_frozen_context():
                 prepared.append(ContextInputs(*samples, to_device(stack_contexts(own, length), self.device)))
             else:

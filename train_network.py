@@ -36,6 +36,8 @@ from library.settings import Settings, settings_as_flat_dict
 from library.settings.sections import settings_sections
 from library.training.adapter_writing import write_adapter
 from library.training.captured import CapturedBackward
+from library.training.ema import AdapterEma, check_ema
+from library.training.guard import Guard, lowered_rates
 from library.training.host_copy import copy_to_host
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.machine import (
@@ -49,6 +51,7 @@ from library.training.machine import (
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
 from library.training.model_hashes import start_hashing
+from library.training.monitor import Monitor
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
 from library.training.processes import gather_lists, on_any_process, sum_gradients
 from library.training.requests import SAVE_AND_STOP, SaveRequests
@@ -70,6 +73,7 @@ from library.training.schedules import draw_schedule, make_schedule
 from library.training.snapshot import check_snapshot, digest_of, make_snapshot
 from library.training.speed import chooses_compiling, chooses_graphs, uncompiled
 from library.training.states import Resumable, StateCopy, check_shapes, copy_state, load_state, write_state
+from library.training.step_records import StepRecords
 from library.training.trackers import Tracker, check_trackers
 from library.training.validation import Validation, measured_shares, validates
 from networks.adapter_types import Adapters
@@ -134,6 +138,7 @@ class NetworkTrainer(ABC):
         self.captured: CapturedBackward | None = None
         self.saver = Saver(settings.saving)
         self.state = RunState()
+        self.records = StepRecords(gather_lists)
         self.validation: Validation | None = None
 
     # --- hooks: what the model is ---
@@ -175,7 +180,10 @@ class NetworkTrainer(ABC):
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Sequence[Any]:
-        """A batch as what `losses` takes: one or more NamedTuples of tensors on the device, random draws among them."""
+        """A batch as what `losses` takes: one or more NamedTuples of tensors on the device, random draws among them.
+
+        Each has rows_B, its samples' places in the batch, and timesteps_B in [0, 1].
+        """
 
     @abstractmethod
     def prepare_at(self, batch: Batch, share: float) -> Sequence[Any]:
@@ -298,13 +306,18 @@ class NetworkTrainer(ABC):
                     epoch_ended = self.state.advance(epoch_steps)
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
                     tracker.advance(step)
-                    if is_due(settings.logging.log_every_n_steps, step) or step == 1 or epoch_ended or finished:
-                        tracker.log({**meter.read(step), **learning_rates(self.parts.optimizer)}, step)
+                    saves = finished or is_due(saving.save_every_n_steps, step)
+                    if is_due(settings.logging.log_every_n_steps, step) or step == 1 or epoch_ended or saves:
+                        records = self.records.read(step)
+                        found = self.monitor.look(records)
+                        tracker.log({**meter.read(step), **self.rates(), **found.values}, step)
+                        self.guard.check(records, self.state)
+                        self.monitor.report(found)
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if finished or validates(settings.validation, step, epoch, epoch_ended):
                         self.validate()
-                    if not finished and is_due(saving.save_every_n_steps, step):
+                    if saves and not finished:
                         self.save(step_name(saving.output_name, step), with_state=saving.save_state)
                     if not finished and epoch_ended and is_due(epochs_between_saves, epoch):
                         self.save(epoch_name(saving.output_name, epoch), with_state=saving.save_state)
@@ -353,7 +366,9 @@ class NetworkTrainer(ABC):
         if network is not None:
             rates = {group["name"]: group["lr"] for group in self.parameter_groups(network)}
             if not self.known_problems:  # else an optimizer that cannot be made at all may be among them
-                problems.attempt(check_optimizer, settings.optimizer, rates)
+                optimizer = problems.attempt(check_optimizer, settings.optimizer, rates)
+                if optimizer is not None:
+                    problems.attempt(check_ema, settings.ema, optimizer)
         pictures, validation, epoch_steps = (), (), 0
         if settings.datasets:
             is_main = self.accelerator.is_main_process
@@ -419,7 +434,7 @@ class NetworkTrainer(ABC):
     def files_of(self, plan: RunPlan) -> PlannedFiles:
         """What the run will save, as far as the network is known."""
         count = 0 if plan.network is None else sum(parameter.numel() for parameter in plan.network.parameters())
-        formats = len(self.settings.network.adapter_format)
+        formats = len(self.settings.network.adapter_format) * (1 if self.settings.ema.ema_decay is None else 2)
         return planned_files(self.settings.saving, formats, count, plan.total_steps, plan.epoch_steps)
 
     def described(self, plan: RunPlan) -> str:
@@ -478,7 +493,15 @@ class NetworkTrainer(ABC):
         optimizer = make_optimizer(settings.optimizer, groups, self.device)
         schedule = make_schedule(settings.schedule, optimizer, total_steps)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.parts = Resumable(self.network, optimizer, schedule, scaler)
+        self.monitor = Monitor(settings.monitor, self.network, self.device)
+        self.ema = None if settings.ema.ema_decay is None else AdapterEma(settings.ema, self.network)
+        others = {"monitor": self.monitor} if self.ema is None else {"monitor": self.monitor, "ema": self.ema}
+        self.parts = Resumable(self.network, optimizer, schedule, scaler, others)
+        raises = settings.monitor.anima_monitor_alert_policy == "raise"
+        self.guard = Guard(
+            "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
+            reads_each_step=settings.network.scale_weight_norms is not None,
+        )  # fmt: skip
         compiles = chooses_compiling(settings.speed, self.device, total_steps, self.compile_obstacle())
         if compiles:
             self.compile_blocks(buckets)
@@ -509,24 +532,42 @@ class NetworkTrainer(ABC):
             # drops the same out.
             place = number * self.accelerator.num_processes + self.accelerator.process_index
             torch.manual_seed(derive_seed(self.settings.run.seed, "dropout", self.state.step, place))
-            share = float(batch.counted) / sample_count
-            if self.captured is not None:
-                mean_loss += torch.stack([self.captured(inputs, share) for inputs in self.prepare(batch)]).sum()
-                continue
-            loss = torch.stack([self.losses(inputs).sum() for inputs in self.prepare(batch)]).sum() * share
-            parts.scaler.scale(loss).backward()
-            mean_loss += loss.detach()
+            mean_loss += self.add_gradients(batch, share=float(batch.counted) / sample_count)
         sum_gradients(self.network.parameters(), [mean_loss])
         parts.scaler.unscale_(parts.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
         if self.settings.optimizer.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.optimizer.max_grad_norm)
-        parts.scaler.step(parts.optimizer)
+            nn.utils.clip_grads_with_norm_(self.network.parameters(), self.settings.optimizer.max_grad_norm, norm)
+        moved = self.guard.step(mean_loss, norm, self.state)
         parts.scaler.update()
-        if self.settings.network.scale_weight_norms is not None:
+        if self.settings.network.scale_weight_norms is not None and moved.item():
             self.network.apply_max_norm(self.settings.network.scale_weight_norms)
+        if self.ema is not None:
+            self.ema.update(moved)
+        self.records.close_step(mean_loss, norm)
         parts.schedule.step()
         parts.optimizer.zero_grad(set_to_none=self.captured is None)
         return mean_loss
+
+    def add_gradients(self, batch: Batch, share: float) -> Tensor:
+        """Adds the gradients of the sum of the batch's losses times `share`; returns that sum, detached."""
+        prepared = self.prepare(batch)
+        if self.captured is not None:
+            losses = [self.captured(inputs, share) for inputs in prepared]
+        else:
+            losses = [self.losses(inputs) for inputs in prepared]
+        total = torch.stack([losses_B.sum() for losses_B in losses]).sum() * share
+        if self.captured is None:
+            self.parts.scaler.scale(total).backward()
+        if batch.counted:
+            for inputs, losses_B in zip(prepared, losses, strict=True):
+                self.records.add(batch.paths, inputs.rows_B, inputs.timesteps_B, losses_B.detach())
+        return total.detach()
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates that act, by curve."""
+        with lowered_rates(self.parts.optimizer, self.state.rate_factor):
+            return learning_rates(self.parts.optimizer)
 
     # --- validation ---
 
@@ -595,27 +636,39 @@ class NetworkTrainer(ABC):
     def save(self, name: str, with_state: bool) -> None:
         """Has <name>.safetensors written, each further format beside it, and, where asked, the folder <name>-state.
 
+        With an average of the adapter, <name>-ema.safetensors too, in each format.
+
         The main process copies what there is now, and a thread writes the copies while training goes on.
         """
         if not self.accelerator.is_main_process:
             return
         metadata = None if self.settings.saving.no_metadata else self.metadata()
         with averaged_weights(self.parts.optimizer):
-            adapters = copy_to_host(self.network.adapter_tensors())
+            adapters = {name: copy_to_host(self.network.adapter_tensors())}
+        if self.ema is not None:
+            with self.ema.applied():
+                adapters[f"{name}-ema"] = copy_to_host(self.network.adapter_tensors())
         state = None
         if with_state:
             state = copy_state(self.parts, replace(self.state, averages=self.meter.averages()), self.snapshot)
         self.saver.start(name, partial(self.write_save, name, adapters, metadata, state, self.state.step))
 
     def write_save(
-        self, name: str, adapters: Adapters, metadata: dict[str, str] | None, state: StateCopy | None, step: int
+        self,
+        name: str,
+        adapters: Mapping[str, Adapters],
+        metadata: dict[str, str] | None,
+        state: StateCopy | None,
+        step: int,
     ) -> list[Path]:
-        """Writes a save's files and folders, and returns them. Runs in a thread."""
+        """Writes a save's files and folders, and returns them. adapters: by file name. Runs in a thread."""
         saving, written = self.settings.saving, []
-        for number, file_format in enumerate(self.settings.network.adapter_format):
-            path = saving.output_dir / (f"{name}-{file_format}.safetensors" if number else f"{name}.safetensors")
-            write_adapter(path, tensors_to_save(adapters, file_format, SAVE_DTYPES[saving.save_precision]), metadata)
-            written.append(path)
+        dtype = SAVE_DTYPES[saving.save_precision]
+        for stem, adapter in adapters.items():
+            for number, file_format in enumerate(self.settings.network.adapter_format):
+                path = saving.output_dir / (f"{stem}-{file_format}.safetensors" if number else f"{stem}.safetensors")
+                write_adapter(path, tensors_to_save(adapter, file_format, dtype), metadata)
+                written.append(path)
         if state is not None:
             written.append(saving.output_dir / f"{name}-state")
             write_state(written[-1], state)

@@ -1,6 +1,7 @@
 """The loop's own arithmetic, on a toy model: one number to learn."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from torch import nn
 from library.data.dataset import Batch
 from library.settings import Settings
 from library.settings.groups import run_groups
+from library.training.guard import Guard
 from library.training.optimizers import OptimizerSettings
 from library.training.run import RunState
 from library.training.states import Resumable
+from library.training.step_records import SampleLoss, StepRecord
 from train_network import NetworkTrainer, out_of_memory_message
 
 
@@ -29,6 +32,12 @@ def make_batch(values: list[float], counted: bool = True) -> Batch:
     return Batch(None, None, names, keys, paths, (64, 96), counted, torch.ones(count), [0] * count)
 
 
+class ToyInputs(NamedTuple):
+    rows_B: torch.Tensor
+    timesteps_B: torch.Tensor
+    numbers_B1: torch.Tensor
+
+
 class ToyTrainer(NetworkTrainer):
     """The loss of a sample is weight * its number, so its gradient is the number."""
 
@@ -40,19 +49,27 @@ class ToyTrainer(NetworkTrainer):
         optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         self.parts = Resumable(self.network, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False))
-        self.state = RunState()
+        self.guard = Guard(settings.guard.on_nonfinite, self.network, optimizer, self.parts.scaler)
+        self.ema = None
 
-    def prepare(self, batch: Batch) -> list[torch.Tensor]:
-        return [torch.tensor([[float(caption)] for caption in batch.captions])]
+    def prepare(self, batch: Batch) -> list[ToyInputs]:
+        """The last sample apart from the others, as if its caption were longer; its timestep is 0.5."""
+        numbers_B1 = torch.tensor([[float(caption)] for caption in batch.captions])
+        rows = torch.arange(len(numbers_B1))
+        return [
+            ToyInputs(rows[part], torch.full((len(rows[part]),), 0.5), numbers_B1[part])
+            for part in (slice(-1, None), slice(None, -1))
+            if len(rows[part])
+        ]
 
-    def prepare_at(self, batch: Batch, share: float) -> list[torch.Tensor]:
+    def prepare_at(self, batch: Batch, share: float) -> list[ToyInputs]:
         return self.prepare(batch)
 
     def timestep_at(self, share, picture):
         return share
 
-    def losses(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.network(inputs)[:, 0]
+    def losses(self, inputs: ToyInputs) -> torch.Tensor:
+        return self.network(inputs.numbers_B1)[:, 0]
 
     def load_models(self):
         return nn.Identity(), nn.Identity()
@@ -111,6 +128,23 @@ def test_the_reported_loss_is_that_mean():
     loss = trainer.step([make_batch([1.0, 2.0]), make_batch([6.0])], 3)
     assert loss.item() == pytest.approx(-9.0)
     assert not loss.requires_grad
+
+
+def test_the_losses_of_samples_go_with_their_pictures():
+    trainer = ToyTrainer(make_settings())
+    trainer.moved(make_batch([1.0]))  # the weight is now -1
+    trainer.step([make_batch([2.0, 3.0]), make_batch([7.0]), make_batch([9.0], counted=False)], 3)
+    _, second = trainer.records.read(2)
+    expected = tuple(SampleLoss(Path(f"{number}"), 0.5, -number) for number in (3.0, 2.0, 7.0))
+    assert second == StepRecord(2, -4.0, 4.0, expected)
+
+
+def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does():
+    trainer = ToyTrainer(make_settings())
+    assert trainer.moved(make_batch([float("nan"), 1.0])) == 0
+    assert trainer.moved(make_batch([float("inf")])) == 0
+    assert trainer.moved(make_batch([2.0])) == 2
+    assert [record.is_finite for record in trainer.records.read(3)] == [False, False, True]
 
 
 def test_gradients_are_clipped_over_the_whole_step():

@@ -19,6 +19,9 @@ from library.anima_runtime.tokenizer_sources import TokenizerSettings
 from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
 from library.options import Option, Secret, options_of
 from library.settings.entries import Given
+from library.training.ema import EmaSettings
+from library.training.guard import GuardSettings
+from library.training.monitor import MonitorSettings
 from library.training.optimizers import OptimizerSettings
 from library.training.run import RunSettings
 from library.training.saving import SavingSettings
@@ -49,6 +52,9 @@ class Settings:
     optimizer: OptimizerSettings
     schedule: ScheduleSettings
     run: RunSettings
+    ema: EmaSettings
+    guard: GuardSettings
+    monitor: MonitorSettings
     speed: SpeedSettings
     saving: SavingSettings
     validation: ValidationSettings

@@ -14,7 +14,6 @@ _RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpoint
 _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
 _NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
-_NO_MONITOR = "memory and jumps of the loss are not watched"
 _FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
 
 # Accepted with a warning that they do nothing, and why.
@@ -61,10 +60,6 @@ NO_EFFECT: dict[str, str] = {
     "console_log_level": _MESSAGES,
     "console_log_file": _MESSAGES,
     "console_log_simple": _MESSAGES,
-    "anima_monitor_memory": _NO_MONITOR,
-    "anima_monitor_alert_policy": _NO_MONITOR,
-    "anima_monitor_memory_warn_ratio": _NO_MONITOR,
-    "anima_monitor_loss_spike_ratio": _NO_MONITOR,
     "anima_resume_snapshot_strict": "a state that does not fit is always refused",
     "resume_ignore_optimizer_mismatch": "a state of another optimizer is always refused",
     "sample_sampler": "samples are rendered with Euler steps along the flow",
@@ -110,7 +105,6 @@ REFUSED: dict[str, str] = {
     "face_crop_aug_range": "it needs the places of faces in file names; crop the pictures beforehand",
     "skip_image_resolution": "small pictures are trained; set bucket_no_upscale so that they are not enlarged",
     "debug_dataset": "the table of buckets at the start of a run shows what the pictures became",
-    "on_nonfinite": "remove it",
     "deepspeed": _NO_DEEPSPEED,
     "zero_stage": _NO_DEEPSPEED,
     "offload_optimizer_device": _NO_DEEPSPEED,

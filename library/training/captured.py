@@ -27,7 +27,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     share: Tensor
-    loss: Tensor
+    losses: Tensor
 
 
 class CapturedBackward:
@@ -53,7 +53,7 @@ class CapturedBackward:
         torch.cuda.empty_cache()
 
     def __call__(self, inputs: Any, share: float) -> Tensor:
-        """The sum of the samples' losses times `share`, detached; its gradients are added."""
+        """The loss of each sample, detached; the gradients of their sum times `share` are added."""
         shapes = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if shapes not in self._graphs and len(self._graphs) < MOST_GRAPHS and self._works:
             try:
@@ -72,7 +72,7 @@ class CapturedBackward:
             static.copy_(given)
         captured.share.fill_(share)
         captured.graph.replay()
-        return captured.loss.clone()
+        return captured.losses.clone()
 
     def _capture(self, inputs: Any) -> _Captured:
         static = type(inputs)(*(tensor.clone() for tensor in inputs))
@@ -86,15 +86,15 @@ class CapturedBackward:
         graph = torch.cuda.CUDAGraph()
         # Other threads (loading, curves) may go on using CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = self._accumulate(static, share)
-        return _Captured(graph, static, share, loss)
+            losses = self._accumulate(static, share)
+        return _Captured(graph, static, share, losses)
 
     def _accumulate(self, inputs: Any, share: Tensor) -> Tensor:
-        loss = self._losses(inputs).sum() * share
-        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        losses = self._losses(inputs)
+        gradients = torch.autograd.grad(losses.sum() * share, self._parameters, allow_unused=True)
         pairs = [(p.grad, g) for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
         torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
-        return loss.detach()
+        return losses.detach()
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -32,15 +33,13 @@ class Meter:
         """The curves' values at a log point after `step` steps; waits for the device.
 
         loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
+        A loss that is not finite, whose step is left out, goes into no average.
         """
         self._take_in_pending()
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now
-        values = {"loss/current": self._current, "loss/average": self._average}
-        if self._device.type == "cuda":
-            values["gpu/mem_peak_allocated_mb"] = torch.cuda.max_memory_allocated(self._device) / 2**20
-        return values
+        return {"loss/current": self._current, "loss/average": self._average}
 
     def shown(self) -> dict[str, str]:
         """What stands behind the progress bar."""
@@ -48,7 +47,7 @@ class Meter:
 
     def close_epoch(self) -> float:
         """The mean loss of the epoch that ends here; its log point must have been read."""
-        mean = self._epoch_sum / self._epoch_steps
+        mean = self._epoch_sum / self._epoch_steps if self._epoch_steps else math.nan
         self._epoch_sum, self._epoch_steps = 0.0, 0
         return mean
 
@@ -74,6 +73,8 @@ class Meter:
             return
         for loss in torch.stack(self._pending).tolist():
             self._current = loss
+            if not math.isfinite(loss):
+                continue
             self._losses_read += 1
             self._average += (loss - self._average) / min(self._losses_read, 50)
             self._epoch_sum += loss

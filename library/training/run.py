@@ -93,6 +93,8 @@ class RunState:
 
     step: optimizer steps done. epoch: the epoch now running, from 0. step_in_epoch: steps of it already done.
     averages: what the meter has averaged so far. saved_at: when the state was saved, in seconds since 1970.
+    skipped_steps, skipped_in_a_row: optimizer steps left out because a number was not finite, as of the last log point.
+    rollbacks: how often weights went back to an earlier step for it. rate_factor: what they made of the rates.
     best_validation_loss, best_step: the least validation loss so far, and after how many steps it was measured.
     """
 
@@ -101,6 +103,10 @@ class RunState:
     step_in_epoch: int = 0
     averages: dict[str, float] = field(default_factory=dict)
     saved_at: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    rollbacks: int = 0
+    rate_factor: float = 1.0
     best_validation_loss: float | None = None
     best_step: int | None = None
 
