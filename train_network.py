@@ -75,6 +75,7 @@ from library.training.speed import chooses_compiling, chooses_graphs, uncompiled
 from library.training.states import Resumable, StateCopy, check_shapes, copy_state, load_state, write_state
 from library.training.step_records import StepRecords
 from library.training.trackers import Tracker, check_trackers
+from library.training.upload import Uploader
 from library.training.validation import Validation, measured_shares, validates
 from networks.adapter_types import Adapters
 from networks.saving import tensors_to_save
@@ -136,7 +137,8 @@ class NetworkTrainer(ABC):
         self.device = accelerator.device
         self.dtype = DTYPES[settings.run.precision]
         self.captured: CapturedBackward | None = None
-        self.saver = Saver(settings.saving)
+        uploads = settings.hub.huggingface_repo_id is not None
+        self.saver = Saver(settings.saving, Uploader(settings.hub) if uploads else None)
         self.state = RunState()
         self.records = StepRecords(gather_lists)
         self.validation: Validation | None = None
@@ -352,7 +354,7 @@ class NetworkTrainer(ABC):
         problems.attempt(check_writable, settings.saving.output_dir)
         if self.accelerator.is_main_process:
             clear_killed_saves(settings.saving)
-        resume = problems.attempt(find_state, run, settings.saving)
+        resume = problems.attempt(find_state, run, settings.saving, settings.hub)
         if resume is None:
             problems.attempt(check_nothing_overwritten, settings.saving)
         problems.attempt(check_trackers, settings.logging)

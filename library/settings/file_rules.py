@@ -48,7 +48,7 @@ def files_to_start_from(settings: Settings) -> Iterator[str]:
             yield f"{origin(settings, 'base_weights')}: there is no file {file}"
     if len(network.base_weights_multiplier) > len(network.base_weights):
         yield f"{origin(settings, 'base_weights_multiplier')}: more numbers than base_weights has files"
-    if resume is None or resume == LATEST:
+    if resume is None or resume == LATEST or settings.hub.resume_from_huggingface:
         return
     if not resume.is_dir():
         yield f"{origin(settings, 'resume')}: there is no folder {resume}; give a state folder (…-state)"

@@ -28,6 +28,7 @@ from library.training.saving import SavingSettings
 from library.training.schedules import ScheduleSettings
 from library.training.speed import SpeedSettings
 from library.training.trackers import LoggingSettings
+from library.training.upload import HubSettings
 from library.training.validation import ValidationSettings
 from networks.settings import NetworkSettings
 
@@ -57,6 +58,7 @@ class Settings:
     monitor: MonitorSettings
     speed: SpeedSettings
     saving: SavingSettings
+    hub: HubSettings
     validation: ValidationSettings
     logging: LoggingSettings
     sampling: SampleSettings

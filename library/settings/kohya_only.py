@@ -12,7 +12,6 @@ _MESSAGES = "messages go to the terminal; redirect them with 2> FILE"
 _INDUCTOR = "torch_compile says whether the model is compiled, and how is chosen for it"
 _RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpointing says whether"
 _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
-_NO_UPLOAD = "upload the file from output_dir when the run is done"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
 _FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
 
@@ -114,14 +113,6 @@ REFUSED: dict[str, str] = {
     "zero3_init_flag": _NO_DEEPSPEED,
     "zero3_save_16bit_model": _NO_DEEPSPEED,
     "fp16_master_weights_and_gradients": _NO_DEEPSPEED,
-    "huggingface_repo_id": _NO_UPLOAD,
-    "huggingface_repo_type": _NO_UPLOAD,
-    "huggingface_path_in_repo": _NO_UPLOAD,
-    "huggingface_token": _NO_UPLOAD,
-    "huggingface_repo_visibility": _NO_UPLOAD,
-    "save_state_to_huggingface": _NO_UPLOAD,
-    "resume_from_huggingface": "download the state folder and name it by resume",
-    "async_upload": _NO_UPLOAD,
 }
 
 

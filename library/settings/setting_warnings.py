@@ -100,6 +100,17 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
             yield name, f"log_with is {settings.logging.log_with}"
     if not (sampling.sample_every_n_steps or sampling.sample_every_n_epochs or sampling.sample_at_first):
         yield "sample_prompts", "none of sample_every_n_steps, sample_every_n_epochs and sample_at_first is set"
+    hub = settings.hub
+    if hub.huggingface_repo_id is None:
+        for name in (
+            "huggingface_path_in_repo",
+            "huggingface_repo_visibility",
+            "save_state_to_huggingface",
+            "async_upload",
+        ):
+            yield name, "huggingface_repo_id is not set"
+    if run.resume is None:
+        yield "resume_from_huggingface", "resume is not set"
     if settings.saving.save_n_epoch_ratio is not None:
         yield "save_every_n_epochs", "save_n_epoch_ratio is set, and wins"
     if settings.saving.save_state:

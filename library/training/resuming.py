@@ -9,12 +9,18 @@ from library.training.checked_files import damage_of
 from library.training.rotation import saved_files
 from library.training.run import LATEST, RunSettings, RunState
 from library.training.saving import SavingSettings
+from library.training.upload import HubSettings, download_state
 
 logger = logging.getLogger(__name__)
 
 
-def find_state(run: RunSettings, saving: SavingSettings) -> Path | None:
-    """The state folder that `resume` names; None for a run that begins."""
+def find_state(run: RunSettings, saving: SavingSettings, hub: HubSettings) -> Path | None:
+    """The state folder that `resume` names, fetched where it is on Hugging Face; None for a run that begins.
+
+    Raises SettingError where it cannot be fetched.
+    """
+    if run.resume is not None and hub.resume_from_huggingface:
+        return download_state(run.resume, hub)
     return latest_state(saving) if run.resume == LATEST else run.resume
 
 

@@ -12,6 +12,7 @@ from library.errors import UserError
 from library.training.machine import free_bytes, readable_size
 from library.training.rotation import remove_outdated, saved_files
 from library.training.saving import SavingSettings
+from library.training.upload import Uploader
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +20,12 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Writes saves. Each is complete or absent; one that fails leaves what was there, is told, and ends no run.
 
-    then: what else is done with the files and folders of a save, in the same thread.
+    uploader: gets each complete save.
     """
 
-    def __init__(self, settings: SavingSettings, then: Callable[[Sequence[Path]], None] | None = None) -> None:
+    def __init__(self, settings: SavingSettings, uploader: Uploader | None = None) -> None:
         self._settings = settings
-        self._then = then
+        self._uploader = uploader
         self._thread: Thread | None = None
         self.failure: str | None = None
 
@@ -42,8 +43,10 @@ class Saver:
             self._thread = None
 
     def finish(self) -> None:
-        """Waits for the last save. UserError where it failed."""
+        """Waits for the last save and its upload. UserError where the save failed."""
         self.wait()
+        if self._uploader is not None:
+            self._uploader.finish()
         if self.failure is not None:
             raise UserError(self.failure)
 
@@ -58,8 +61,8 @@ class Saver:
         for path in written:
             logger.info("saved %s", path.resolve())
         self._remove_outdated(name)
-        if self._then is not None:
-            self._then(written)
+        if self._uploader is not None:
+            self._uploader.add(written)
 
     def _remove_outdated(self, name: str) -> None:
         try:

@@ -10,6 +10,7 @@ from library.training.checked_files import write_checked
 from library.training.resuming import find_state
 from library.training.run import LATEST, RunSettings, RunState
 from library.training.saving import SavingSettings
+from library.training.upload import HubSettings
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_the_last_saved_state_of_this_name(tmp_path, saving):
     newest = state(tmp_path, "a-step00000200-state", 200, saved_at=20.0)
     state(tmp_path, "b-step00000300-state", 300, saved_at=30.0)
     state(tmp_path, ".a-step00000300-state.77.tmp", 300, saved_at=30.0)
-    assert find_state(RunSettings(resume=LATEST), saving) == newest
+    assert find_state(RunSettings(resume=LATEST), saving, HubSettings()) == newest
 
 
 def test_damaged_states_are_passed_over(tmp_path, saving, caplog):
@@ -38,12 +39,12 @@ def test_damaged_states_are_passed_over(tmp_path, saving, caplog):
     path = tmp_path / "a-000002-state" / "run_state.json"
     path.write_text(path.read_text().replace("10", "11"))
     (tmp_path / "a-000003-state").mkdir()
-    assert find_state(RunSettings(resume=LATEST), saving) == good
+    assert find_state(RunSettings(resume=LATEST), saving, HubSettings()) == good
     assert "a-000002-state is damaged (run_state.json is not what was written)" in caplog.text
     assert "a-000003-state is no complete state" in caplog.text
 
 
 def test_without_a_state_the_run_begins(saving):
-    assert find_state(RunSettings(resume=LATEST), saving) is None
-    assert find_state(RunSettings(), saving) is None
-    assert find_state(RunSettings(resume=Path("x-state")), saving) == Path("x-state")
+    assert find_state(RunSettings(resume=LATEST), saving, HubSettings()) is None
+    assert find_state(RunSettings(), saving, HubSettings()) is None
+    assert find_state(RunSettings(resume=Path("x-state")), saving, HubSettings()) == Path("x-state")

@@ -2,6 +2,7 @@
 
 import errno
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,11 +72,11 @@ def test_a_full_disk_is_told_with_what_takes_the_room(settings, tmp_path, caplog
 
 def test_what_follows_a_save_gets_its_files_and_only_when_it_is_complete(settings, tmp_path):
     seen = []
-    saver = Saver(settings, then=seen.append)
+    saver = Saver(settings, uploader=SimpleNamespace(add=seen.append, finish=lambda: seen.append("finished")))
     saver.start("a-step00000001", failing(OSError(errno.EROFS, "Read-only file system")))
     saver.start("a-step00000002", writer(tmp_path / "a-step00000002.safetensors"))
     saver.finish()
-    assert seen == [[tmp_path / "a-step00000002.safetensors"]]
+    assert seen == [[tmp_path / "a-step00000002.safetensors"], "finished"]
 
 
 def test_files_go_only_after_the_new_save_is_complete(tmp_path):
