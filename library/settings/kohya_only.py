@@ -59,8 +59,6 @@ NO_EFFECT: dict[str, str] = {
     "console_log_level": _MESSAGES,
     "console_log_file": _MESSAGES,
     "console_log_simple": _MESSAGES,
-    "anima_resume_snapshot_strict": "a state that does not fit is always refused",
-    "resume_ignore_optimizer_mismatch": "a state of another optimizer is always refused",
     "sample_sampler": "samples are rendered with Euler steps along the flow",
     "metadata_thumbnail": "metadata holds no pictures",
     "metadata_merged_from": "a trained adapter is not merged from others",
