@@ -306,6 +306,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
             path = folder / f"{self.settings.saving.output_name}_{tag}_{number:02d}_{stamp}_{request.seed}.png"
             write_atomically(path, lambda file, picture=picture: picture.save(file, format="PNG"))
             logger.info("sample: %s", path.resolve())
+            self.tracker.event("sample", self.state.step, path.name)
+            self.tracker.log_image(f"sample/{number:02d}", picture, self.state.step)
         if self.settings.data.caches_latents:
             self.vae.to("cpu")
 

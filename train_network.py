@@ -54,6 +54,7 @@ from library.training.model_hashes import start_hashing
 from library.training.monitor import Monitor
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
 from library.training.processes import gather_lists, on_any_process, sum_gradients
+from library.training.report import AdapterHealth, write_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import find_state
 from library.training.rotation import check_nothing_overwritten, clear_killed_saves
@@ -77,6 +78,7 @@ from library.training.step_records import StepRecords
 from library.training.trackers import Tracker, check_trackers
 from library.training.upload import Uploader
 from library.training.validation import Validation, measured_shares, validates
+from networks.adapter_report import inspect_adapter, norms_by_block, open_adapter
 from networks.adapter_types import Adapters
 from networks.saving import tensors_to_save
 from networks.setup import (
@@ -313,6 +315,7 @@ class NetworkTrainer(ABC):
                         records = self.records.read(step)
                         found = self.monitor.look(records)
                         tracker.log({**meter.read(step), **self.rates(), **found.values}, step)
+                        tracker.look(records, found.alerts, step)
                         self.guard.check(records, self.state)
                         self.monitor.report(found)
                     if epoch_ended:
@@ -339,6 +342,7 @@ class NetworkTrainer(ABC):
             else:
                 self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
                 self.saver.finish()
+            self.tell_end("stopped" if self.state.step < total_steps else "finished")
         if self.state.step < total_steps:
             state = saving.output_dir / f"{step_name(saving.output_name, self.state.step)}-state"
             raise Interrupted(f'stopped at step {self.state.step} of {total_steps}; go on with --resume "{state}"')
@@ -693,12 +697,29 @@ class NetworkTrainer(ABC):
         """Inside, what has been trained is saved before an error ends the run."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             try:
                 self.save_interrupted()
-            except UserError as error:
-                logger.error("%s", error)
+            except UserError as failure:
+                logger.error("%s", failure)
+            self.tell_end(f"ended by {type(error).__name__}: {error}")
             raise
+
+    def tell_end(self, outcome: str) -> None:
+        """Records how the run ended, and writes its report, if one is asked for."""
+        self.tracker.event("end", self.state.step, outcome)
+        history, saving = self.tracker.history, self.settings.saving
+        if history is None:
+            return
+        path = saving.output_dir / f"{saving.output_name}_report.html"
+        try:
+            settings = settings_as_flat_dict(self.settings, shareable_path)
+            adapter = saving.output_dir / f"{saving.output_name}.safetensors"
+            health = adapter_health(adapter) if outcome == "finished" else None
+            write_report(path, saving.output_name, outcome, history, settings, health)
+            logger.info("report: %s", path.resolve())
+        except Exception as error:
+            logger.warning("the report is left out: %s: %s", type(error).__name__, error)
 
     def sample(self, tag: str) -> None:
         """Renders the sample prompts, if there are any, without dropout; by the main process."""
@@ -711,6 +732,13 @@ class NetworkTrainer(ABC):
         except torch.OutOfMemoryError:
             logger.warning("sample pictures left out: out of GPU memory; give the prompts a lower --w and --h")
         self.network.train()
+
+
+def adapter_health(path: Path) -> AdapterHealth:
+    """What a saved adapter holds, and whether it is sound, for the report."""
+    found = inspect_adapter(open_adapter(path))
+    norms = norms_by_block({name: module.norm or 0.0 for name, module in found.modules.items()})
+    return AdapterHealth(found.description, found.problems, norms)
 
 
 def out_of_memory_message(batches: list[Batch]) -> str:

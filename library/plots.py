@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -17,13 +19,16 @@ def save_line_plot(path: Path, title: str, x_label: str, series: Mapping[str, Se
 
     Raises UserError when the file cannot be written, or its ending is no picture format.
     """
-    figure, axes = _labelled_axes(title, x_label)
-    for name, points in series.items():
-        axes.plot([x for x, _ in points], [y for _, y in points], label=name)
-    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    if len(series) > 1:
-        axes.legend()
-    _save(figure, path)
+    _save(_line_plot(title, x_label, series), path)
+
+
+def line_plot_svg(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """The same as an <svg> element for a page, whose text the browser draws."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        _line_plot(title, x_label, series).savefig(buffer, format="svg")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
 
 
 def save_histogram(path: Path, title: str, x_label: str, values: Sequence[float], bins: int = 50) -> None:
@@ -35,6 +40,16 @@ def save_histogram(path: Path, title: str, x_label: str, values: Sequence[float]
     axes.hist(values, bins=bins)
     axes.set_ylabel(f"of {len(values)}")
     _save(figure, path)
+
+
+def _line_plot(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    figure, axes = _labelled_axes(title, x_label)
+    for name, points in series.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], label=name)
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    if len(series) > 1:
+        axes.legend()
+    return figure
 
 
 def _labelled_axes(title: str, x_label: str) -> tuple[Figure, Axes]:

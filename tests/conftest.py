@@ -37,6 +37,7 @@ def config(tiny_anima, tmp_path):
             "overwrite_output": True,
             "logging_dir": tmp_path / "logs",
             "auto_start_tensorboard": False,
+            "html_report": False,
             "resolution": 64,
             "enable_bucket": True,
             "min_bucket_reso": 32,

@@ -31,7 +31,7 @@ def small_words_for(words: list[str], model: Path, folder: Path) -> list[str]:
         copy.write_text(with_overlay(file.read_text(encoding="utf-8"), model, folder), encoding="utf-8")
         small += [flag, str(copy)]
     small += [word for key, value in OVERLAY["command_line"].items() for word in (f"--{key}", str(value))]
-    return [*small, "--no-auto_start_tensorboard"]
+    return [*small, "--no-auto_start_tensorboard", "--no-html_report"]
 
 
 def with_overlay(text: str, model: Path, folder: Path) -> str:

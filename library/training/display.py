@@ -64,7 +64,7 @@ class RunDisplay(Sink):
         known = {
             "loss/current": "loss {:.4f}",
             "loss/average": "average {:.4f}",
-            "loss/validation": "validation {:.4f}",
+            "loss/validation/average": "validation {:.4f}",
             "time/seconds_per_step": "{:.3g} s a step",
             "gpu/mem_peak_allocated_mb": "peak memory {:.0f} MiB",
         }

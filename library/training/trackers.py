@@ -17,6 +17,7 @@ from PIL import Image
 from library.errors import SettingError
 from library.options import Secret, option
 from library.training.display import RunDisplay
+from library.training.history import RunHistory
 from library.training.progress import Pace, ProgressFile
 from library.training.sinks import Sink, TensorBoardCurves, WandbCurves, check_arguments
 from library.training.tensorboard_server import TensorBoardServer
@@ -65,6 +66,12 @@ class LoggingSettings:
     tensorboard_port: int = option(6006, "Port of TensorBoard; the next free one where it is taken.")
     tensorboard_logdir: Path | None = option(
         None, "Folder that TensorBoard shows. Unset: logging_dir, so that runs can be compared."
+    )
+
+    html_report: bool = option(
+        True,
+        "At the end write <output_name>_report.html into output_dir: curves, samples, the pictures that were learnt "
+        "worst, the adapter's health, alerts and settings on one page.",
     )
 
     @property
@@ -117,6 +124,7 @@ class Tracker:
     """Sends what a run tells to every sink. One that fails is left out from then on, with a warning: the run goes on.
 
     folder: the run's own in logging_dir; None on other than the main process, and with log_with none.
+    history: what a report is made of; None where none is asked for, or on other than the main process.
     """
 
     def __init__(
@@ -129,12 +137,16 @@ class Tracker:
     ) -> None:
         """config: the run's settings, as JSON can hold them."""
         self.folder: Path | None = None
+        self.history: RunHistory | None = None
         self._sinks: list[Sink] = []
         self._lock = threading.RLock()  # saves may be told by the thread that writes them
         self._pace = Pace(total_steps)
         if not is_main_process:
             return
         self.add(lambda: RunDisplay(total_steps))
+        if settings.html_report:
+            self.history = RunHistory(total_steps)
+            self._sinks.append(self.history)
         if settings.log_with == "none":
             return
         prefix = f"{output_name}_" if settings.log_prefix is None else settings.log_prefix
