@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from library.data.cache_size import latent_bytes
 from library.data.dataset import Batch, MeasuredBatches, TrainingBatches
 from library.data.epochs import bucket_table, steps_per_epoch
-from library.data.latent_files import LatentFiles, cache_folder
+from library.data.latent_files import LatentFiles
 from library.data.latents import LatentCache, cache_latents, cache_latents_to_disk
+from library.data.picture_index import cache_folder, picture_index
 from library.data.pictures import Picture, scan_datasets
 from library.data.summary import describe_data
 from library.data.team import Team
@@ -378,7 +379,8 @@ class NetworkTrainer(ABC):
         pictures, validation, epoch_steps = (), (), 0
         if settings.datasets:
             is_main = self.accelerator.is_main_process
-            pictures = problems.attempt(scan_datasets, settings.datasets, settings.data.skip_broken_images, is_main)
+            skip_broken, index = settings.data.skip_broken_images, picture_index(settings.data, is_main)
+            pictures = problems.attempt(scan_datasets, settings.datasets, skip_broken, is_main, index)
             if pictures:
                 split = problems.attempt(split_validation, pictures, settings.datasets, run.seed)
                 pictures, validation = split or ((), ())

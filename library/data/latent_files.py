@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from library.data.picture_hashes import hash_pictures
+from library.data.picture_index import PictureIndex, cache_folder
 from library.data.pictures import Picture
 from library.data.team import Team
 from library.tensor_cache import TensorCache, cache_key
 
-CACHE_FOLDER = ".anima_cache"
 # To be raised when pixels are made in another way, or latents kept in another form.
 _VERSION = "latents 1"
 # Files that a thread looks into at a time; handing over each alone takes as long as looking.
@@ -67,13 +67,13 @@ class LatentFiles:
     ) -> list[LatentFile]:
         """Each view's file, whether it is there or not: named by picture content, bucket, mirroring and VAE.
 
-        trust_times, errors: see `hash_pictures`.
+        trust_times: see `PictureIndex`. Errors: see `hash_pictures`.
         """
-        parents = {view.picture.path.parent for view in views}
-        folders = {parent: cache_folder(parent, self.cache_dir) for parent in parents}
-        caches = {parent: TensorCache(folder / "latents") for parent, folder in folders.items()}
-        by_path = {view.picture.path: folders[view.picture.path.parent] for view in views}
-        hashes = hash_pictures(by_path, trust_times, team, show_progress)
+        paths = list(dict.fromkeys(view.picture.path for view in views))
+        parents = {path.parent for path in paths}
+        caches = {parent: TensorCache(cache_folder(parent, self.cache_dir) / "latents") for parent in parents}
+        index = PictureIndex(self.cache_dir, trust_times, writes=team.rank == 0)
+        hashes = hash_pictures(paths, index, team, show_progress)
         return [self._file(view, caches[view.picture.path.parent], hashes[view.picture.path]) for view in views]
 
     def _file(self, view: View, cache: TensorCache, content: str) -> LatentFile:
@@ -92,11 +92,3 @@ def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:
     with ThreadPoolExecutor() as pool:
         whole = pool.map(lambda part: [file.cache.holds(file.key) for file in part], parts)
         return [is_whole for part in whole for is_whole in part]
-
-
-def cache_folder(pictures: Path, cache_dir: Path | None) -> Path:
-    """The cache folder of a folder of pictures: in it, or, given cache_dir, there, named by it and its path's hash."""
-    if cache_dir is None:
-        return pictures / CACHE_FOLDER
-    whole = pictures.resolve()
-    return cache_dir / f"{whole.name}-{cache_key(str(whole))[:8]}"

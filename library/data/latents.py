@@ -14,7 +14,8 @@ import torch
 from library.console import progress_bar
 from library.data.augment import Variant, load_variant
 from library.data.latent_files import LatentFile, LatentFiles, View, are_there
-from library.data.picture_hashes import cannot_write, hash_picture
+from library.data.picture_hashes import hash_picture
+from library.data.picture_index import cannot_write
 from library.data.pictures import Picture
 from library.data.team import ALONE, Team
 from library.errors import DataError

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
-from library.console import progress_bar
 from library.data.buckets import bucket_sizes, choose_bucket
-from library.data.headers import PictureHeader, read_header
+from library.data.header_reading import read_headers
+from library.data.headers import PictureHeader
+from library.data.picture_index import PictureIndex
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.sources import Source, find_sources, listed
 from library.errors import DataError
@@ -53,18 +53,22 @@ class Picture:
 
 
 def scan_datasets(
-    datasets: Sequence[DatasetSettings], skip_broken: bool, show_progress: bool = True
+    datasets: Sequence[DatasetSettings],
+    skip_broken: bool,
+    show_progress: bool = True,
+    index: PictureIndex | None = None,
 ) -> tuple[Picture, ...]:
     """Every picture of every subset, in a fixed order (dataset, resolution, subset, file name).
 
     Only the headers are read, and whether the files are whole; damage in the middle of a file is found when it is
-    trained. skip_broken: pictures are read whole, and the broken ones left out with a warning.
+    trained. skip_broken: pictures are read whole, and the broken ones left out with a warning. index: remembers what
+    the headers say, so that unchanged pictures are not opened at the next start.
     DataError: pictures are unreadable (all of them in one message); a mask is of another shape; what `find_sources`
     says. SettingError: see `bucket_sizes`.
     """
     at_sizes = [(index, each, size) for index, each in enumerate(datasets) for size in each.sizes]
     buckets = [bucket_sizes(replace(dataset, resolution=size)) for _, dataset, size in at_sizes]
-    readable = _read_headers(find_sources(datasets), skip_broken, show_progress)
+    readable = _read_headers(find_sources(datasets), skip_broken, show_progress, index)
     pictures: list[Picture] = []
     for (index, dataset, size), own_buckets in zip(at_sizes, buckets, strict=True):
         suffix = f"@{size[0]}x{size[1]}" if len(dataset.sizes) > 1 else ""
@@ -117,48 +121,53 @@ def balance(pictures: Sequence[Picture]) -> list[Picture]:
 
 
 def _read_headers(
-    sources: Sequence[Source], skip_broken: bool, show_progress: bool
+    sources: Sequence[Source], skip_broken: bool, show_progress: bool, index: PictureIndex | None
 ) -> list[tuple[Source, tuple[int, int]]]:
-    """The pictures that can be read, with their sizes; Pillow decodes outside the GIL, so threads share the work."""
-
-    def look_at(source: Source) -> PictureHeader | str:
-        try:
-            return _header(source, decode=skip_broken)
-        except DataError as error:
-            return str(error)
-
-    with ThreadPoolExecutor() as pool, progress_bar(len(sources), "reading pictures", shown=show_progress) as bar:
-        headers = []
-        for header in pool.map(look_at, sources):
-            headers.append(header)
-            bar.update()
-    broken = [header for header in headers if isinstance(header, str)]
+    """The pictures that can be read, with their sizes."""
+    paths = dict.fromkeys(path for source in sources for path in _files_to_open(source, skip_broken))
+    headers = read_headers(list(paths), skip_broken, show_progress, index)
+    found, broken, animated = [], [], []
+    for source in sources:
+        problem = _problem(source, headers)
+        if problem is not None:
+            broken.append(problem)
+            continue
+        header = headers.get(source.path)
+        found.append((source, source.size if header is None else header.size))
+        if header is not None and header.frames > 1:
+            animated.append(str(source.path))
     if broken and not skip_broken:
         advice = "repair or remove them, or set skip_broken_images = true to train without them"
         raise DataError(f"{len(broken)} pictures cannot be read: {advice}\n{listed(broken)}")
-    found = [(each, header) for each, header in zip(sources, headers, strict=True) if not isinstance(header, str)]
     if not found:
         raise DataError(f"none of the {len(sources)} pictures can be read:\n{listed(broken)}")
     if broken:
         logger.warning("%d pictures cannot be read and are left out:\n%s", len(broken), listed(broken))
-    animated = [str(source.path) for source, header in found if header.frames > 1]
     if animated:
         logger.warning(
             "%d pictures have several frames or pages; the first is trained:\n%s", len(animated), listed(animated)
         )
-    return [(source, header.size) for source, header in found]
+    return found
 
 
-def _header(source: Source, decode: bool) -> PictureHeader:
+def _files_to_open(source: Source, decode: bool) -> list[Path]:
+    """None where a metadata file tells the size, and nothing else needs looking at."""
     if source.size is not None and source.mask is None and not decode:
-        return PictureHeader(source.size, frames=1)
-    header = read_header(source.path, decode)
-    if source.mask is not None:
-        width, height = header.size
-        mask_width, mask_height = read_header(source.mask, decode).size
-        if abs(mask_width * height / (mask_height * width) - 1) > _MASK_SHAPE:
-            raise DataError(
-                f"mask {source.mask} is {mask_width}x{mask_height}, of another shape than {source.path}, which is "
-                f"{width}x{height}"
-            )
-    return header
+        return []
+    return [source.path] if source.mask is None else [source.path, source.mask]
+
+
+def _problem(source: Source, headers: Mapping[Path, PictureHeader | str]) -> str | None:
+    """Why the picture cannot be trained, if so."""
+    for path in (source.path, source.mask):
+        if isinstance(headers.get(path), str):
+            return headers[path]
+    if source.mask is None:
+        return None
+    (width, height), (mask_width, mask_height) = headers[source.path].size, headers[source.mask].size
+    if abs(mask_width * height / (mask_height * width) - 1) <= _MASK_SHAPE:
+        return None
+    return (
+        f"mask {source.mask} is {mask_width}x{mask_height}, of another shape than {source.path}, which is "
+        f"{width}x{height}"
+    )

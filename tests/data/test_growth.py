@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from library.data import picture_hashes
+from library.data import picture_index
 from library.data.latent_files import LatentFiles, View
 from library.data.latents import cache_latents_to_disk
 from library.data.pictures import Picture
@@ -31,7 +31,7 @@ def test_a_warm_start_is_linear(tmp_path, monkeypatch, count):
     Files are filled by hand: 100,000 that wait for the disk one by one take longer to write than to test.
     """
     resource = pytest.importorskip("resource")
-    monkeypatch.setattr(picture_hashes, "_TOO_YOUNG_NS", -1)
+    monkeypatch.setattr(picture_index, "_TOO_YOUNG_NS", -1)
     subset = SubsetSettings(image_dir=tmp_path)
     pictures = []
     for index in range(count):

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from library.data import picture_hashes
+from library.data import picture_hashes, picture_index
 from library.data.picture_hashes import hash_pictures
+from library.data.picture_index import PictureIndex
 from library.data.team import ALONE, Team
 from library.errors import DataError
 
@@ -26,15 +27,16 @@ def read(monkeypatch):
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Three files that count as old enough, with the cache folder of each."""
-    monkeypatch.setattr(picture_hashes, "_TOO_YOUNG_NS", -1)
+    """Three files that count as old enough."""
+    monkeypatch.setattr(picture_index, "_TOO_YOUNG_NS", -1)
     for name in "abc":
         (tmp_path / name).write_bytes(name.encode() * 100)
-    return {tmp_path / name: tmp_path / "cache" for name in "abc"}
+    return [tmp_path / name for name in "abc"]
 
 
 def hashed(files, trust_times=False, team=ALONE):
-    return hash_pictures(files, trust_times, team, show_progress=False)
+    index = PictureIndex(trust_times=trust_times, writes=team.rank == 0)
+    return hash_pictures(files, index, team, show_progress=False)
 
 
 def test_a_second_start_reads_nothing(files, read):
@@ -70,17 +72,17 @@ def test_a_replaced_file_with_the_old_time_is_noticed_unless_times_are_trusted(f
 
 
 def test_files_changed_a_moment_ago_are_not_remembered(files, read, monkeypatch):
-    monkeypatch.setattr(picture_hashes, "_TOO_YOUNG_NS", 10**12)
+    monkeypatch.setattr(picture_index, "_TOO_YOUNG_NS", 10**12)
     hashed(files)
     read.clear()
     hashed(files)
     assert sorted(read) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"version": 1, "pictures": [', '{"version": 1, "pictures": {"a": 5}}'])
+@pytest.mark.parametrize("content", ["", "[1]", '{"version": 2, "pictures": [', '{"version": 2, "pictures": {"a": 5}}'])
 def test_a_damaged_index_is_made_anew(files, read, tmp_path, content):
     first = hashed(files)
-    (tmp_path / "cache" / "pictures.json").write_text(content)
+    (tmp_path / ".anima_cache" / "pictures.json").write_text(content)
     read.clear()
     assert hashed(files) == first and sorted(read) == ["a", "b", "c"]
     read.clear()
@@ -115,8 +117,8 @@ def test_what_cannot_be_read_or_written_is_named(files, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(picture_hashes, "write_atomically", full)
-        with pytest.raises(DataError, match=r"cache: No space left on device. Free some space or set cache_dir"):
+        patch.setattr(picture_index, "write_atomically", full)
+        with pytest.raises(DataError, match=r"anima_cache: No space left on device. Free some space or set cache_dir"):
             hashed(files)
     (tmp_path / "b").unlink()
     with pytest.raises(DataError, match=r"picture .*/b cannot be read"):
