@@ -292,6 +292,19 @@ class AnimaNetworkTrainer(NetworkTrainer):
             return "Qwen3 is trained, and its inputs are of any length"
         return super().capture_obstacle()
 
+    def memory_savers(self) -> list[str]:
+        data, memory = self.settings.data, self.settings.memory
+        subsets = [subset for dataset in self.settings.datasets for subset in dataset.subsets]
+        changes_pictures = any(subset.color_aug or subset.random_crop for subset in subsets)
+        offers = {
+            "cache_latents = true": not (data.caches_latents or changes_pictures),
+            "cache_text_encoder_outputs = true": not (data.caches_text or self.network.trains("text_encoder")),
+            "gradient_checkpointing = true": not self.checkpoints,
+            "fp8_base = true": not memory.fp8_base,
+            f"blocks_to_swap = {self.config.depth // 2}": memory.blocks_to_swap == 0,
+        }
+        return [setting for setting, helps in offers.items() if helps]
+
     def context(self, text: PaddedCaptions) -> Tensor:
         """The text context, with gradients."""
         return self.transformer.encode_context(*text, min_length=self.settings.model.anima_seq_len)

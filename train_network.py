@@ -21,9 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from library.data.cache_size import latent_bytes
+from library.data.cache_size import described_caches, latent_bytes
 from library.data.dataset import Batch, MeasuredBatches, TrainingBatches
-from library.data.epochs import bucket_table, steps_per_epoch
+from library.data.epochs import LargestBatch, bucket_table, largest_batches, steps_per_epoch
 from library.data.latent_files import LatentFiles
 from library.data.latents import LatentCache, cache_latents, cache_latents_to_disk
 from library.data.picture_index import cache_folder, picture_index
@@ -54,6 +54,16 @@ from library.training.meter import Meter
 from library.training.model_hashes import start_hashing
 from library.training.monitor import Monitor
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
+from library.training.preflight import (
+    Trial,
+    check_fit,
+    check_preflight,
+    cost_of,
+    expected_time,
+    free_unused_memory,
+    memory_limit,
+    trial_table,
+)
 from library.training.processes import gather_lists, on_any_process, sum_gradients
 from library.training.report import AdapterHealth, write_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
@@ -71,7 +81,7 @@ from library.training.saving import (
     step_name,
 )
 from library.training.schedule_checks import check_length
-from library.training.schedules import draw_schedule, make_schedule
+from library.training.schedules import ScheduleSettings, draw_schedule, make_schedule
 from library.training.snapshot import check_snapshot, digest_of, make_snapshot
 from library.training.speed import chooses_compiling, chooses_graphs, uncompiled
 from library.training.states import Resumable, StateCopy, check_shapes, copy_state, load_state, write_state
@@ -246,6 +256,9 @@ class NetworkTrainer(ABC):
         # Models, adapter, latents, optimizer.
         set_seed(run.seed)
         self.load_and_attach(plan)
+        if run.preflight:
+            self.preflight(plan)
+            return
         latents = self.cached_latents(plan.all_pictures)
         batches = TrainingBatches(
             pictures, self.batch_sizes, run.seed, accumulation=run.gradient_accumulation_steps,
@@ -356,6 +369,7 @@ class NetworkTrainer(ABC):
         settings, run, processes = self.settings, self.settings.run, self.accelerator.num_processes
         problems = Problems(self.known_problems)
         problems.attempt(check_device, run, self.device)
+        problems.attempt(check_preflight, run, processes)
         problems.attempt(check_writable, settings.saving.output_dir)
         if self.accelerator.is_main_process:
             clear_killed_saves(settings.saving)
@@ -459,6 +473,9 @@ class NetworkTrainer(ABC):
                 f"files: {files.adapters} adapters of {readable_size(files.adapter_bytes)}, {files.states} states of "
                 f"up to {readable_size(files.state_bytes)}; {readable_size(free)} are free"
             )
+        caches = described_caches(self.settings.data, plan.all_pictures)
+        if caches:
+            lines.append(f"caches: {caches}")
         return "\n".join(lines)
 
     def load_and_attach(self, plan: RunPlan) -> None:
@@ -638,6 +655,47 @@ class NetworkTrainer(ABC):
             )  # fmt: skip
             self.state.epoch += 1
             self.state.step_in_epoch = 0
+
+    def preflight(self, plan: RunPlan) -> None:
+        """Tries a step of each bucket and tells what the run will take. DoesNotFitError where memory runs out."""
+        run, largest = self.settings.run, largest_batches(plan.pictures, self.batch_sizes)
+        latents = self.cached_latents([picture for batch in largest for picture in batch.pictures])
+        self.make_parts(plan.total_steps, buckets=len({picture.bucket for picture in plan.pictures}))
+        if run.resume is None:
+            done = starting_state(run, plan.epoch_steps).step
+        else:
+            done = load_state(run.resume, self.parts).step
+        # The run's own schedule may refuse to be stepped beyond its end.
+        schedule = make_schedule(ScheduleSettings(), self.parts.optimizer, plan.total_steps)
+        self.parts = replace(self.parts, schedule=schedule)
+        self.network.train()
+        trials = [self.tried(batch, latents) for batch in largest]
+        logger.info(
+            "preflight:\n%s\n%s\n%s", trial_table(trials, self.device), self.described(plan),
+            expected_time(trials, plan.total_steps - done, plan.epoch_steps),
+        )  # fmt: skip
+        accumulation = run.gradient_accumulation_steps
+        warning = check_fit(trials, memory_limit(self.device), accumulation, self.memory_savers())
+        if warning is not None:
+            logger.warning("%s", warning)
+
+    def tried(self, largest: LargestBatch, latents: LatentCache | None) -> Trial:
+        """What optimizer steps of a bucket's largest batch take."""
+        run, announce = self.settings.run, self.encode_ahead if self.settings.data.caches_text else None
+        steps = TrainingBatches(largest.pictures, self.batch_sizes, run.seed, latents=latents, announce=announce)
+        batch = next(step.batches[0] for step in steps.epoch(0) if step.sample_count == largest.size)
+        samples = largest.size * run.gradient_accumulation_steps
+        cost = cost_of(partial(self.step, [batch] * run.gradient_accumulation_steps, samples), self.device)
+        if cost is None:
+            if self.captured is not None:
+                self.captured.release()
+            self.parts.optimizer.zero_grad(set_to_none=self.captured is None)
+            free_unused_memory()
+        return Trial(largest.bucket, largest.size, largest.uses / samples, cost)
+
+    def memory_savers(self) -> list[str]:
+        """Settings that are not in force and would save GPU memory, those that cost least first."""
+        return []
 
     # --- files ---
 

@@ -76,6 +76,18 @@ def test_a_dry_run_says_what_the_run_would_be(config, tmp_path, capsys):
     assert list((tmp_path / "output").iterdir()) == []
 
 
+def test_a_dry_run_says_how_much_room_caches_take(config, tmp_path, capsys):
+    """Four pictures of 1024x1024, each with its mirror image, at one byte a pixel."""
+    words = config(
+        dry_run=True, cache_latents_to_disk=True, flip_aug=True, enable_bucket=False, resolution=1024,
+        cache_text_encoder_outputs_to_disk=True, text_cache_disk_gb=0.5,
+    )  # fmt: skip
+    assert main(words) == 0
+    assert (
+        "caches: 8 MiB of latents on disk, encoded captions, up to 2 GiB in main memory, and up to 0.5 GiB on disk\n"
+    ) in capsys.readouterr().err
+
+
 def test_the_planned_sizes_are_those_of_the_files(config, tmp_path, monkeypatch):
     """But for names and metadata, which take some 20 KB whatever the network."""
     plans = []

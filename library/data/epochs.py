@@ -41,6 +41,24 @@ class StepPlan:
     sample_count: int
 
 
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest batch that a bucket, (width, height) in pixels, ever makes.
+
+    pictures: enough of the bucket's for one such batch. uses: those of all its pictures in an epoch.
+    """
+
+    bucket: tuple[int, int]
+    size: int
+    pictures: tuple[Picture, ...]
+    uses: int
+
+    @property
+    def pixels(self) -> int:
+        """Of the whole batch."""
+        return self.size * self.bucket[0] * self.bucket[1]
+
+
 def plan_epoch(
     pictures: Sequence[Picture], batch_sizes: Sequence[int], seed: int, epoch: int, accumulation: int, world_size: int
 ) -> list[StepPlan]:
@@ -66,6 +84,16 @@ def steps_per_epoch(pictures: Sequence[Picture], batch_sizes: Sequence[int], acc
         math.ceil(len(items) / batch_sizes[dataset]) for (dataset, _), items in _items_by_bucket(pictures).items()
     )
     return math.ceil(batches / (accumulation * world_size))
+
+
+def largest_batches(pictures: Sequence[Picture], batch_sizes: Sequence[int]) -> list[LargestBatch]:
+    """The largest batch of each dataset's each bucket, those of the fewest pixels first."""
+    found = []
+    for (dataset, bucket), items in _items_by_bucket(pictures).items():
+        size = min(batch_sizes[dataset], len(items))
+        enough = dict.fromkeys(item.picture for item in items[:size])
+        found.append(LargestBatch(bucket, size, tuple(pictures[index] for index in enough), len(items)))
+    return sorted(found, key=lambda batch: (batch.pixels, batch.bucket))
 
 
 def bucket_table(pictures: Sequence[Picture], batch_sizes: Sequence[int]) -> str:

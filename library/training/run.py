@@ -71,6 +71,11 @@ class RunSettings:
     dry_run: bool = option(
         False, "Check everything that can be checked without loading a model, say what the run would be, and stop."
     )
+    preflight: bool = option(
+        False,
+        "Try the run first: a real step of each bucket at its largest batch, then a table of time and memory, and what "
+        "to change where it does not fit the card. Nothing is trained or saved but caches.",
+    )
 
     @property
     def precision(self) -> str:
