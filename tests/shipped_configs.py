@@ -24,14 +24,14 @@ def words_for(name: str) -> list[str]:
 
 
 def small_words_for(words: list[str], model: Path, folder: Path) -> list[str]:
-    """Words for copies in `folder` with the overlay: a tiny model in `model`, small pictures, two steps, no server."""
+    """Words for copies in `folder` with the overlay: a tiny model in `model`, small pictures, two steps."""
     small = []
     for flag, file in zip(words[::2], map(Path, words[1::2]), strict=True):
         copy = folder / file.name
         copy.write_text(with_overlay(file.read_text(encoding="utf-8"), model, folder), encoding="utf-8")
         small += [flag, str(copy)]
     small += [word for key, value in OVERLAY["command_line"].items() for word in (f"--{key}", str(value))]
-    return [*small, "--no-auto_start_tensorboard", "--no-html_report"]
+    return [*small, *(f"--no-{name}" for name in OVERLAY["switches"]["off"])]
 
 
 def with_overlay(text: str, model: Path, folder: Path) -> str:

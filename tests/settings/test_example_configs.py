@@ -64,7 +64,7 @@ def test_the_overlay_changes_nothing_but_what_it_declares(name, tiny_anima, tmp_
         "pretrained_model_name_or_path", "vae", "qwen", "t5_tokenizer_dir", "sample_prompts",
         "train_data_dir", "dataset_config", "image_dir", "output_dir", "logging_dir",
         "resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
-        "max_train_steps", "max_train_epochs",
+        "max_train_steps", "max_train_epochs", *OVERLAY["switches"]["off"],
     }  # fmt: skip
 
 
