@@ -269,22 +269,7 @@ class NetworkTrainer(ABC):
         )  # fmt: skip
         self.plan_validation(plan, latents)
         self.make_parts(total_steps, buckets=len({picture.bucket for picture in pictures}))
-        if plan.resume is None:
-            self.state = starting_state(run, epoch_steps)
-            if self.state.step > 0:
-                logger.info(
-                    "beginning at step %d of %d, in epoch %d; the learning rate schedule begins at its own start",
-                    self.state.step, total_steps, self.state.epoch + 1,
-                )  # fmt: skip
-        else:
-            self.state = load_state(plan.resume, self.parts, run.resume_ignore_optimizer_mismatch)
-            if self.state.step >= total_steps:
-                raise SettingError(
-                    f"resume: {plan.resume} is at step {self.state.step}, and this run ends at step {total_steps}: "
-                    "raise max_train_steps or max_train_epochs"
-                )
-            logger.info("resumed from %s at step %d of %d", plan.resume, self.state.step, total_steps)
-            self.skip_finished_epoch(epoch_steps)
+        self.begin(plan)
         self.facts = RunFacts(
             model=self.model_facts(),
             model_files=self.model_files(),
@@ -646,6 +631,26 @@ class NetworkTrainer(ABC):
         self.captured.release()
         return work()
 
+    def begin(self, plan: RunPlan) -> None:
+        """Sets `state` to where the run begins, or goes on. SettingError where nothing is left to train."""
+        run, total_steps = self.settings.run, plan.total_steps
+        if plan.resume is None:
+            self.state = starting_state(run, plan.epoch_steps)
+            if self.state.step > 0:
+                logger.info(
+                    "beginning at step %d of %d, in epoch %d; the learning rate schedule begins at its own start",
+                    self.state.step, total_steps, self.state.epoch + 1,
+                )  # fmt: skip
+            return
+        self.state = load_state(plan.resume, self.parts, run.resume_ignore_optimizer_mismatch)
+        if self.state.step >= total_steps:
+            raise SettingError(
+                f"resume: {plan.resume} is at step {self.state.step}, and this run ends at step {total_steps}: "
+                "raise max_train_steps or max_train_epochs"
+            )
+        logger.info("resumed from %s at step %d of %d", plan.resume, self.state.step, total_steps)
+        self.skip_finished_epoch(plan.epoch_steps)
+
     def skip_finished_epoch(self, epoch_steps: int) -> None:
         """Starts the next epoch where the running one has no steps left, because it has become shorter."""
         if self.state.step_in_epoch >= epoch_steps:
@@ -661,10 +666,7 @@ class NetworkTrainer(ABC):
         run, largest = self.settings.run, largest_batches(plan.pictures, self.batch_sizes)
         latents = self.cached_latents([picture for batch in largest for picture in batch.pictures])
         self.make_parts(plan.total_steps, buckets=len({picture.bucket for picture in plan.pictures}))
-        if run.resume is None:
-            done = starting_state(run, plan.epoch_steps).step
-        else:
-            done = load_state(run.resume, self.parts).step
+        self.begin(plan)
         # The run's own schedule may refuse to be stepped beyond its end.
         schedule = make_schedule(ScheduleSettings(), self.parts.optimizer, plan.total_steps)
         self.parts = replace(self.parts, schedule=schedule)
@@ -672,7 +674,7 @@ class NetworkTrainer(ABC):
         trials = [self.tried(batch, latents) for batch in largest]
         logger.info(
             "preflight:\n%s\n%s\n%s", trial_table(trials, self.device), self.described(plan),
-            expected_time(trials, plan.total_steps - done, plan.epoch_steps),
+            expected_time(trials, plan.total_steps - self.state.step, plan.epoch_steps),
         )  # fmt: skip
         accumulation = run.gradient_accumulation_steps
         warning = check_fit(trials, memory_limit(self.device), accumulation, self.memory_savers())
