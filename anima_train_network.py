@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ from library.anima_runtime.flow import add_noise, velocity_target
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
 from library.anima_runtime.low_memory import check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
-from library.anima_runtime.prompts import parse_prompt_lines
+from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.qwen3 import load_qwen3, plan_qwen3
 from library.anima_runtime.sampling import render
 from library.anima_runtime.text_cache import TextCache
@@ -45,7 +45,6 @@ from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
 from library.data.pictures import Picture
 from library.errors import Problems, UserError
-from library.files import write_atomically
 from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
@@ -53,6 +52,7 @@ from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
 from library.training.processes import is_first_to_tell
 from library.training.run import chooses_checkpointing
+from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
 from train_network import NetworkTrainer, RunPlan
@@ -109,7 +109,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         for tokenizer in (self.qwen_tokenizer, self.t5_tokenizer):
             if tokenizer is not None:
                 problems.attempt(check_tokenizer, tokenizer)
-        self.prompts = check(parse_prompt_lines, self.settings.sampling.sample_prompts) or []
+        sampling = self.settings.sampling
+        self.prompts = check(read_prompts, sampling.sample_prompts, sampling.sample_sampler) or []
         if self.config is None or qwen is None:
             return None
         problems.attempt(check_swap, self.settings.memory, self.config.depth)
@@ -309,20 +310,21 @@ class AnimaNetworkTrainer(NetworkTrainer):
         """The text context, with gradients."""
         return self.transformer.encode_context(*text, min_length=self.settings.model.anima_seq_len)
 
-    def render_samples(self, folder: Path, tag: str) -> None:
+    def render_samples(self) -> list[SamplePicture]:
         self.vae.to(self.device)
-        for number, request in enumerate(self.prompts):
-            picture = render(
-                self.transformer, self.vae, self.text_encoder, request, self.device, self.settings.model.anima_seq_len
-            )
-            stamp = f"{datetime.now():%Y%m%d%H%M%S}"
-            path = folder / f"{self.settings.saving.output_name}_{tag}_{number:02d}_{stamp}_{request.seed}.png"
-            write_atomically(path, lambda file, picture=picture: picture.save(file, format="PNG"))
-            logger.info("sample: %s", path.resolve())
-            self.tracker.event("sample", self.state.step, path.name)
-            self.tracker.log_image(f"sample/{number:02d}", picture, self.state.step)
-        if self.settings.data.caches_latents:
-            self.vae.to("cpu")
+        min_length = self.settings.model.anima_seq_len
+        try:
+            pictures = [
+                render(self.transformer, self.vae, self.text_encoder, request, self.device, min_length)
+                for request in self.prompts
+            ]
+        finally:
+            if self.settings.data.caches_latents:
+                self.vae.to("cpu")
+        return [
+            SamplePicture(picture, request.seed, request.parameters())
+            for picture, request in zip(pictures, self.prompts, strict=True)
+        ]
 
     def model_files(self) -> Mapping[str, Path]:
         return {"sd_model": self.settings.model.pretrained_model_name_or_path, "vae": self.settings.model.vae}

@@ -70,6 +70,7 @@ from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import find_state
 from library.training.rotation import check_nothing_overwritten, clear_killed_saves
 from library.training.run import DTYPES, RunState, planned_steps, starting_state
+from library.training.samples import SampleFiles, SamplePicture
 from library.training.saver import Saver
 from library.training.saving import (
     SAVE_DTYPES,
@@ -217,8 +218,8 @@ class NetworkTrainer(ABC):
         """Has what a step spends its time in compiled, for pictures of that many shapes."""
 
     @abstractmethod
-    def render_samples(self, folder: Path, tag: str) -> None:
-        """Renders the sample prompts into `folder`; `tag` (e000002 or 000100) goes into the names."""
+    def render_samples(self) -> Sequence[SamplePicture]:
+        """Renders the sample prompts with the adapter as it is."""
 
     @abstractmethod
     def model_files(self) -> Mapping[str, Path]:
@@ -286,6 +287,7 @@ class NetworkTrainer(ABC):
         self.tracker = tracker = Tracker(settings.logging, saving.output_name, total_steps, config, is_main)
         if tracker.folder is not None:
             logger.info("curves: %s", tracker.folder.resolve())
+        self.samples = SampleFiles(saving.output_dir / "sample", saving.output_name, resumed=plan.resume is not None)
         if settings.sampling.sample_at_first and plan.resume is None:
             self.sample("e000000")
         if plan.resume is None:
@@ -784,15 +786,28 @@ class NetworkTrainer(ABC):
             logger.warning("the report is left out: %s: %s", type(error).__name__, error)
 
     def sample(self, tag: str) -> None:
-        """Renders the sample prompts, if there are any, without dropout; by the main process."""
+        """Renders the sample prompts, if there are any, without dropout; by the main process.
+
+        The first time, they are rendered without the adapter as well. A failure is told, and the run goes on.
+        tag: e000002 or 000100, for the names of the files.
+        """
         if self.settings.sampling.sample_prompts is None or not self.accelerator.is_main_process:
             return
         self.network.eval()
         try:
-            with averaged_weights(self.parts.optimizer):
-                self.render_samples(self.settings.saving.output_dir / "sample", tag)
+            base = None
+            with averaged_weights(self.parts.optimizer), uncompiled():
+                if self.samples.needs_base:
+                    with self.network.disabled():
+                        base = self.with_room(self.render_samples)
+                samples = self.with_room(self.render_samples)
+            for name, picture in self.samples.write(tag, self.state.step, samples, base):
+                self.tracker.log_image(name, picture, self.state.step)
+            self.tracker.event("sample", self.state.step, tag)
         except torch.OutOfMemoryError:
             logger.warning("sample pictures left out: out of GPU memory; give the prompts a lower --w and --h")
+        except Exception as error:  # a full disk, a prompt that does not fit: nothing that training needs
+            logger.warning("sample pictures left out: %s: %s", type(error).__name__, error)
         self.network.train()
 
 

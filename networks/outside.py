@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -87,6 +88,7 @@ class OutsideNetwork(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self._changed: list[nn.Module] = []
 
     def apply_to(
         self, text_encoder: nn.Module | None, unet: nn.Module, apply_text_encoder: bool = True, apply_unet: bool = True
@@ -99,8 +101,19 @@ class OutsideNetwork(nn.Module):
         for module in named_modules(unet, text_encoder).values():
             if "forward" in vars(module):
                 module.forward = _in_dtype_of_input(module.forward)
+                self._changed.append(module)
         self.network.requires_grad_(True)
         self.adapter_tensors()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model runs without the network."""
+        forwards = [vars(module).pop("forward") for module in self._changed]
+        try:
+            yield
+        finally:
+            for module, forward in zip(self._changed, forwards, strict=True):
+                module.forward = forward
 
     def prepare_optimizer_params(
         self, text_encoder_lr: float | None, unet_lr: float | None, learning_rate: float

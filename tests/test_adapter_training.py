@@ -209,13 +209,13 @@ def test_a_file_that_matches_nothing_ends_the_run(config, tmp_path, capsys, monk
 
 def test_samples_are_rendered_without_dropout(config, tiny_anima, monkeypatch):
     modes = []
-    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", lambda self, *_: modes.append(self.network.training))
+    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", lambda self: modes.append(self.network.training))
     step = AnimaNetworkTrainer.step
     monkeypatch.setattr(
         AnimaNetworkTrainer, "step", lambda self, *given: (modes.append(self.network.training), step(self, *given))[1]
     )
     assert main(config(sample_prompts=tiny_anima / "sample_prompts.txt", sample_every_n_steps=1)) == 0
-    assert modes == [True, False, True, False]
+    assert modes == [True, False, False, True, False, False]  # each time without and with the adapter
 
 
 @pytest.mark.parametrize(

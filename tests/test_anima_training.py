@@ -6,11 +6,15 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import anima_train_network
 from anima_train_network import AnimaNetworkTrainer, main
@@ -225,7 +229,7 @@ def test_a_picture_lost_during_training_ends_the_run_with_a_message_and_a_state(
 
 
 def test_sample_pictures_that_do_not_fit_the_gpu_are_left_out(config, tiny_anima, tmp_path, capsys, monkeypatch):
-    def out_of_memory(self, folder, tag):
+    def out_of_memory(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", out_of_memory)
@@ -289,11 +293,66 @@ def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(co
         )
     )  # fmt: skip
     assert losses[:4] == pytest.approx(losses[4:], rel=1e-5)
-    names = [path.name for path in sorted((tmp_path / "output" / "sample").glob("*.png"))]
-    assert len(names) == 6
-    assert names[0].startswith("tiny_000002_00_")
-    assert names[-1].startswith("tiny_e000000_01_")
+    folder = tmp_path / "output" / "sample"
+    names = [path.name for path in sorted(folder.glob("tiny_*_[0-9][0-9]_*.png"))]
+    assert [name[:15] for name in names] == [
+        "tiny_000002_00_", "tiny_000002_01_", "tiny_000004_00_", "tiny_000004_01_",
+        "tiny_base_00_20", "tiny_base_01_20", "tiny_e000000_00", "tiny_e000000_01",
+    ]  # fmt: skip
     assert names[0].endswith("_5.png")
+    with Image.open(folder / names[0]) as picture:
+        assert picture.size == (64, 32)
+        assert picture.text["parameters"].startswith("a red square\nNegative prompt: \nSteps: 2, Sampler: euler,")
+        assert picture.text["adapter"] == "tiny, step 2"
+    base, untrained, trained = (np.asarray(Image.open(folder / names[place]), dtype=float) for place in (4, 6, 2))
+    assert np.array_equal(base, untrained)  # an adapter begins by changing nothing
+    assert np.abs(base - trained).max() > 0
+    sheets = [path.name for path in sorted(folder.glob("*_sheet.png"))]
+    assert sheets == ["tiny_000002_sheet.png", "tiny_000004_sheet.png", "tiny_e000000_sheet.png"]
+    with Image.open(folder / "tiny_grid.png") as grid:
+        assert json.loads(grid.text["steps"]) == [-1, 0, 2, 4]
+    (events,) = (path for path in (tmp_path / "logs").iterdir() if shown_pictures(path))
+    assert shown_pictures(events) == ["sample/00", "sample/01", "sample/sheet", "sample_base/00", "sample_base/01"]
+
+
+def shown_pictures(folder: Path) -> list[str]:
+    """The names of the pictures in a TensorBoard folder."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return sorted(events.Tags()["images"])
+
+
+def test_a_failure_in_sampling_is_told_and_the_run_goes_on(config, tiny_anima, tmp_path, capsys, monkeypatch, losses):
+    def broken(self):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", broken)
+    prompts = tiny_anima / "sample_prompts.txt"
+    assert main(config(max_train_steps=2, sample_prompts=prompts, sample_every_n_steps=1, network_dropout=0.5)) == 0
+    assert capsys.readouterr().err.count("sample pictures left out: OSError: no space left") == 2
+    assert len(losses) == 2
+
+
+def test_recorded_steps_give_their_memory_to_samples(config, tiny_anima, tmp_path, capsys, monkeypatch):
+    """The first try finds no room; after the recorded steps have given theirs back, the second does."""
+    released, render_samples = [], AnimaNetworkTrainer.render_samples
+
+    def short_of_memory(self):
+        if self.captured is None:
+            self.captured = SimpleNamespace(release=lambda: released.append(True))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        try:
+            return render_samples(self)
+        finally:
+            self.captured = None
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", short_of_memory)
+    prompts = tiny_anima / "sample_prompts.txt"
+    settings = {"sample_prompts": prompts, "sample_sampler": "euler_a", "sample_every_n_steps": 1}
+    assert main(config(max_train_steps=1, **settings)) == 0
+    assert "left out" not in capsys.readouterr().err
+    assert len(released) == 2  # for the base model's pictures, and for the adapter's
+    assert (tmp_path / "output" / "sample" / "tiny_grid.png").is_file()
 
 
 def test_the_llm_adapter_can_be_left_out(config, tmp_path):

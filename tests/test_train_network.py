@@ -96,7 +96,7 @@ class ToyTrainer(NetworkTrainer):
     def compile_blocks(self, buckets):
         """It has none."""
 
-    def render_samples(self, folder, tag):
+    def render_samples(self):
         """It has no pictures."""
 
     def model_files(self):

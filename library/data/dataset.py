@@ -167,7 +167,7 @@ class MeasuredBatches:
 
     def __init__(self, pictures: Sequence[Picture], plans: Sequence[BatchPlan], latents: LatentCache | None) -> None:
         self._dataset = _BatchDataset(pictures, seed=0, latents=latents)
-        self._entries = [(-1, plan) for plan in plans]
+        self._entries = [_Entry(-1, 0, plan) for plan in plans]
 
     def __iter__(self) -> Iterator[Batch]:
         return _loaded_ahead(self._dataset, self._entries)

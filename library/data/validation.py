@@ -59,9 +59,13 @@ def counterparts(trained: Sequence[Picture], validating: Sequence[Picture]) -> t
 
 
 def as_measured(picture: Picture) -> Picture:
-    """The picture as it is measured: once, with its whole caption, and with nothing drawn at random."""
+    """The picture as it is measured: once, with its whole caption in order, and unchanged by chance.
+
+    Where a caption is one of several by caption_mix or wildcards, it is always the same one.
+    """
     subset = replace(
         picture.subset, num_repeats=1, shuffle_caption=False, caption_dropout_rate=0.0, caption_tag_dropout_rate=0.0,
+        caption_dropout_every_n_epochs=None, shuffle_sentences=False, sentence_dropout_rate=0.0, token_warmup_step=0,
         flip_aug=False, color_aug=False, random_crop=False,
     )  # fmt: skip
     return replace(picture, subset=subset, extra_repeats=0)

@@ -59,7 +59,6 @@ NO_EFFECT: dict[str, str] = {
     "console_log_level": _MESSAGES,
     "console_log_file": _MESSAGES,
     "console_log_simple": _MESSAGES,
-    "sample_sampler": "samples are rendered with Euler steps along the flow",
     "metadata_thumbnail": "metadata holds no pictures",
     "metadata_merged_from": "a trained adapter is not merged from others",
     "metadata_preprocessor": "it is for control models",

@@ -113,6 +113,8 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "resume_from_huggingface", "resume is not set"
     if settings.saving.save_n_epoch_ratio is not None:
         yield "save_every_n_epochs", "save_n_epoch_ratio is set, and wins"
+    if sampling.sample_prompts is None:
+        yield "sample_sampler", "sample_prompts is not set"
     if settings.saving.save_state:
         yield "save_state_on_train_end", "save_state includes the end"
     if settings.saving.no_metadata:
