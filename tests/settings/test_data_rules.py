@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from library.data.caption_mix import mix_weights
 from library.errors import SettingError
 from library.settings import read_settings
 
@@ -128,3 +129,14 @@ def test_the_example_of_the_page_is_read(model_flags):
     first, second = read_settings([*model_flags, "--dataset_config", "d.toml"]).datasets
     assert (first.sizes, second.sizes) == (((768, 768), (1024, 1024)), ((832, 1216),))
     assert [subset.is_reg for subset in first.subsets] == [False, True]
+
+
+def test_the_mix_of_the_page_is_read(model_flags):
+    page = Path(__file__).parents[2] / "docs" / "datasets.md"
+    text = page.read_text(encoding="utf-8").partition("## Tags and natural language")[2]
+    (dataset,) = read_settings(
+        [*model_flags, *dataset_file("", text.partition("```toml\n")[2].partition("```")[0])]
+    ).datasets
+    (subset,) = dataset.subsets
+    assert mix_weights(subset.caption_mix) == {"tags": 0.4, "nl": 0.3, "tags+nl": 0.2, "nl+tags": 0.1}
+    assert subset.shuffle_sentences and subset.keep_tokens == 1
