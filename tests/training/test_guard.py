@@ -176,3 +176,12 @@ def test_rollbacks_that_do_not_help_end_the_run():
         run.guard.check([run.step(1.0), run.step(NAN)], run.state)
     with pytest.raises(NonFiniteError, match="5 times going back to step 0 did not help"):
         run.guard.check([run.step(1.0), run.step(NAN)], run.state)
+
+
+def test_one_copy_serves_several_rollbacks():
+    run = Run("rollback")
+    run.guard.check([run.step(1.0) for _ in range(50)], run.state)
+    good = run.content()
+    for _ in range(2):
+        run.guard.check([run.step(1.0), run.step(NAN)], run.state)
+        assert_same(good, run.content())
