@@ -34,10 +34,15 @@ def pictures_in(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(_files(folder)) if _ending(name) in PICTURE_ENDINGS]
 
 
+def unread_in(folder: Path) -> list[Path]:
+    """The folder's files that hold pictures of kinds that are not read, sorted by name."""
+    return [folder / name for name in sorted(_files(folder)) if _ending(name) in _SOURCE_ENDINGS]
+
+
 def warn_of_unread(folders: Iterable[Path]) -> None:
-    """Names the files in these folders that hold pictures of kinds that are not read."""
+    """Names the kinds of such files in these folders."""
     for folder in dict.fromkeys(folders):
-        kinds = Counter(ending for ending in map(_ending, _files(folder)) if ending in _SOURCE_ENDINGS)
+        kinds = Counter(_ending(path.name) for path in unread_in(folder))
         if kinds:
             counted = ", ".join(f"{count} {ending}" for ending, count in sorted(kinds.items()))
             logger.warning("%s: files of kinds that are not read are left out (%s): save them as .png", folder, counted)
