@@ -41,10 +41,6 @@ class Meter:
         self._last_step, self._last_time = step, now
         return {"loss/current": self._current, "loss/average": self._average}
 
-    def shown(self) -> dict[str, str]:
-        """What stands behind the progress bar."""
-        return {"loss": f"{self._current:.4f}", "average": f"{self._average:.4f}"}
-
     def close_epoch(self) -> float:
         """The mean loss of the epoch that ends here; its log point must have been read."""
         mean = self._epoch_sum / self._epoch_steps if self._epoch_steps else math.nan

@@ -180,8 +180,9 @@ class Tracker:
         self._tell(lambda sink: sink.advance(step))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """One point on each named curve, and on those of the run's speed."""
-        values = {**values, **self._pace.values(step)}
+        """One point on each named curve, and with the training loss on those of the run's speed."""
+        if "loss/current" in values:
+            values = {**values, **self._pace.values(step)}
         self._tell(lambda sink: sink.log(values, step))
 
     def log_image(self, name: str, picture: Image.Image, step: int) -> None:
