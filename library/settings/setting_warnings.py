@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from library.settings.data_rules import data_without_effect
 from library.settings.groups import Settings, top_level_options
+from library.settings.guard_rules import guard_without_effect
 from library.settings.objective_rules import objective_without_effect
 from library.settings.optimizer_rules import optimizer_without_effect, warn_of_rates
 from library.settings.origins import origin
@@ -75,6 +76,7 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
     yield from objective_without_effect(settings)
     yield from tokenizers_without_effect(settings)
     yield from data_without_effect(settings)
+    yield from guard_without_effect(settings)
     if run.max_train_epochs is not None:
         yield "max_train_steps", "max_train_epochs is set, and wins"
     if run.initial_step:
