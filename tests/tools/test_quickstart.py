@@ -201,7 +201,7 @@ def test_demo_writes_adapter_log_and_picture(demo_copy):
     losses = [event.value for event in EventAccumulator(str(log)).Reload().Scalars("loss/current")]
     assert len(losses) == 24
     assert sum(losses[-4:]) < 0.75 * sum(losses[:4])
-    pictures = list((output / "sample").glob("quickstart_*.png"))
+    pictures = list((output / "sample").glob("quickstart_e*_00_*.png"))
     assert len(pictures) == 2
     assert {Image.open(picture).size for picture in pictures} == {(128, 128)}
 
