@@ -163,6 +163,12 @@ def test_the_mix_is_drawn_by_its_weights():
     assert all(abs(counts[text] - count) <= 4 * (count * (1 - count / 4000)) ** 0.5 for text, count in expected.items())
 
 
+def test_the_form_does_not_follow_from_the_dropout():
+    subset = SubsetSettings(caption_mix="tags=1, nl=1", caption_dropout_rate=0.5)
+    counts = Counter(uses("a", subset, 2000, "b"))
+    assert all(420 <= counts[text] <= 580 for text in "ab")  # 500 expected, 4 standard deviations are 77
+
+
 def test_a_field_that_is_missing_gives_way_to_the_other():
     subset = SubsetSettings(caption_mix="tags=1, nl=1, tags+nl=1, nl+tags=1")
     assert set(uses(TAGS, subset, 100)) == {TAGS}
