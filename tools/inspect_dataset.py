@@ -1,4 +1,4 @@
-"""Shows what a run would train, with the run's own settings, and what would be lost. Trains and changes nothing.
+"""Shows what a run would train, with its own settings, and what would be lost. Trains nothing, edits no file.
 
     python tools/inspect_dataset.py --config_file my.toml [--dataset_config data.toml] [other settings]
     python tools/inspect_dataset.py --train_data_dir train --resolution 1024 --enable_bucket --contact_sheet sheet.png
