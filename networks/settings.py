@@ -36,11 +36,28 @@ class NetworkSettings:
         "Module that builds the adapter: networks.lora_anima, networks.lokr_anima, networks.loha_anima, or another "
         "with Kohya's create_network.",
     )
-    network_dim: int = option(4, "Rank of the adapter; for LoKr 100000 or more means whole matrices.")
-    network_alpha: float = option(1.0, "The adapter's strength is alpha / rank; 0 means alpha = rank.")
-    network_dropout: float = option(0.0, "Chance of each rank activation to be dropped in training (0 to 1).")
-    network_args: tuple[str, ...] = option((), "Further arguments of the network module, each 'key=value'.")
-    train_norm: bool = option(True, "Train every norm weight of the model as a difference, saved with the adapter.")
+    network_dim: int = option(
+        4,
+        "Rank: how much the adapter can learn, and how large its file is. 8 to 16 is usual for a character, 16 to 32 "
+        "for a style; more memorises sooner. For LoKr 100000 or more means whole matrices.",
+    )
+    network_alpha: float = option(
+        1.0,
+        "The adapter's strength is alpha / rank; 0 means alpha = rank. A smaller one slows learning like a lower "
+        "learning_rate; the rank or half of it is usual.",
+    )
+    network_dropout: float = option(
+        0.0,
+        "Chance of each rank activation to be dropped in training (0 to 1). 0.1 helps against memorising few pictures.",
+    )
+    network_args: tuple[str, ...] = option(
+        (), "Further arguments of the network module, each 'key=value'; docs/adapters.md lists them."
+    )
+    train_norm: bool = option(
+        True,
+        "Train every norm weight of the model as a difference, saved with the adapter. Turn it off for "
+        "adapter_format diffusers.",
+    )
     train_llm_adapter: bool = option(True, "Train the LLM adapter's Linears and norms as well.")
     unet_lr: float | None = option(None, "Learning rate of the transformer's part. Unset: learning_rate.")
     llm_adapter_lr: float | None = option(
@@ -61,7 +78,8 @@ class NetworkSettings:
     )
     scale_weight_norms: float | None = option(
         None,
-        "After each step, shrink every Linear's change that is longer than this (Frobenius norm).",
+        "After each step, shrink every Linear's change that is longer than this (Frobenius norm), so that the adapter "
+        "does not overpower others. 1 is usual. Unset: off.",
         zero_is_unset=True,
     )
     adapter_format: tuple[str, ...] = option(

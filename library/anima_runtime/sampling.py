@@ -33,7 +33,7 @@ class SampleSettings:
         None, "Render the prompts every so many optimizer steps.", zero_is_unset=True
     )
     sample_every_n_epochs: int | None = option(None, "Render the prompts every so many epochs.", zero_is_unset=True)
-    sample_at_first: bool = option(False, "Render the prompts before the first step as well.")
+    sample_at_first: bool = option(False, "Render the prompts before the first step as well, to compare with.")
     sample_sampler: str = option(
         "euler",
         "Sampler of prompts that name none, as ComfyUI calls it, or Kohya. euler shows best what was "

@@ -66,14 +66,20 @@ class DataSettings:
         None, "Metadata file (.json, .jsonl) with the captions of the pictures in train_data_dir; see metadata_file."
     )
     cache_latents: bool = option(
-        False, "Encode every picture once, before training, and keep the latents in memory (1 MiB each at 1024x1024)."
+        False,
+        "Encode every picture once, before training, and keep the latents in memory (1 MiB each at 1024x1024): faster "
+        "steps with less GPU memory.",
     )
     cache_latents_to_disk: bool = option(
         False,
         "Encode every picture once and keep the latents in files, so that the next run starts at once; includes "
         "cache_latents. A changed picture, size or VAE is noticed and encoded anew.",
     )
-    vae_batch_size: int = option(1, "Pictures encoded at once while latents are cached.", zero_is_unset=True)
+    vae_batch_size: int = option(
+        1,
+        "Pictures encoded at once while latents are cached: more may be faster, and take more GPU memory.",
+        zero_is_unset=True,
+    )
     cache_text_encoder_outputs: bool = option(
         False,
         "Encode each caption once, ahead of its step, and keep the result in memory; Qwen3 then leaves the GPU while "
@@ -99,7 +105,9 @@ class DataSettings:
         "them, and pictures whose size and time are the same for unchanged.",
     )
     max_data_loader_n_workers: int = option(
-        0, "Processes that load pictures beside training; 0 lets threads of the main one do it."
+        0,
+        "Processes that load pictures beside training; 0 lets threads of the main one do it. More help only where "
+        "latents are not cached and the GPU waits for pictures.",
     )
     persistent_data_loader_workers: bool = option(False, "Keep the loading processes alive between epochs.")
     skip_broken_images: bool = option(
@@ -132,7 +140,12 @@ class SubsetSettings:
         "JSON file {picture: {caption, tags, nl, image_size}}, or .jsonl with a line {image_path, caption, tags, nl, "
         "image_size} each, instead of caption files; its paths begin at image_dir, else where the file lies.",
     )
-    num_repeats: int = option(1, "How often an epoch shows each picture.", aliases=("dataset_repeats",))
+    num_repeats: int = option(
+        1,
+        "How often an epoch shows each picture: give more to folders with few pictures, so that none is lost among "
+        "the others.",
+        aliases=("dataset_repeats",),
+    )
     is_reg: bool = option(
         False,
         "These are regularisation pictures: each epoch shows about as many of them as of the dataset's others, by "
@@ -248,10 +261,19 @@ class DatasetSettings:
         "with widths and heights. An epoch is as many times longer.",
         parse=parse_resolutions,
     )
-    batch_size: int = option(1, "Pictures in one batch.", aliases=("train_batch_size",))
-    enable_bucket: bool = option(False, "Train each picture at its own aspect ratio, within the area budget.")
+    batch_size: int = option(
+        1,
+        "Pictures in one batch. More make steadier steps and need more memory; --preflight tells what fits.",
+        aliases=("train_batch_size",),
+    )
+    enable_bucket: bool = option(
+        False,
+        "Train each picture at its own aspect ratio, within the area budget. Off: all are cropped to resolution.",
+    )
     min_bucket_reso: int = option(256, "Shortest side of a bucket, in pixels.")
-    max_bucket_reso: int = option(1024, "Longest side of a bucket, in pixels.")
+    max_bucket_reso: int = option(
+        1024, "Longest side of a bucket, in pixels. 1536 leaves wide and tall pictures whole at resolution 1024."
+    )
     bucket_reso_steps: int = option(64, "Bucket sides are multiples of this, itself a multiple of 16.")
     bucket_no_upscale: bool = option(False, "Never enlarge a picture: small ones get buckets of their own size.")
     validation_split: float = option(

@@ -38,7 +38,11 @@ class OptimizerSettings:
     learning_rate: float = option(
         1e-4, "Learning rate. 1e-4 suits AdamW, a third of it Lion; give 1 for Prodigy, ProdigyPlus… and DAdapt…."
     )
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 leaves them alone.")
+    max_grad_norm: float = option(
+        1.0,
+        "Gradients are scaled down to this norm, so that one odd picture does not throw the adapter off; 0 leaves them "
+        "alone.",
+    )
 
 
 def optimizer_arguments(settings: OptimizerSettings) -> dict[str, Any]:

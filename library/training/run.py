@@ -27,9 +27,11 @@ MEMORY_WITHOUT_CHECKPOINTING = 30 * 2**30
 class RunSettings:
     """Length, precision and seed of the run."""
 
-    max_train_steps: int = option(1600, "Optimizer steps to train.")
+    max_train_steps: int = option(1600, "Optimizer steps to train; --dry_run tells how many make an epoch.")
     max_train_epochs: int | None = option(None, "Epochs to train; wins over max_train_steps.", zero_is_unset=True)
-    gradient_accumulation_steps: int = option(1, "Batches that make one optimizer step.")
+    gradient_accumulation_steps: int = option(
+        1, "Batches that make one optimizer step: 4 train like a batch of four times the size, in the memory of one."
+    )
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass: less memory, more time. Unset: chosen by the card's memory."
     )

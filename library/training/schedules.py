@@ -47,7 +47,9 @@ class ScheduleSettings:
         "at the end; adafactor is for AdaFactor with relative_step, which sets the rate itself.",
         choices=SCHEDULES,
     )
-    lr_warmup_steps: int | float = option(0, "Steps of rising rate at the start; below 1, a fraction of the run.")
+    lr_warmup_steps: int | float = option(
+        0, "Steps of rising rate at the start; below 1, a fraction of the run. 0.05 is usual for high rates."
+    )
     lr_decay_steps: int | float | None = option(
         None, "warmup_stable_decay: steps of falling rate at the end; below 1, a fraction of the run. Unset: 0.1."
     )
@@ -57,7 +59,7 @@ class ScheduleSettings:
         "end; 1 does the same, since other programs write it into every file; "
         "cosine_with_restarts: the number of falls, unset 1.",
     )
-    lr_scheduler_power: float = option(1.0, "Exponent of the polynomial schedule.")
+    lr_scheduler_power: float = option(1.0, "polynomial: 1 falls in a straight line, 2 faster at first.")
     lr_scheduler_min_lr_ratio: float = option(
         0.0, "cosine_with_min_lr, warmup_stable_decay: lowest rate as a share of learning_rate."
     )
