@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 
 from anima_train_network import AnimaNetworkTrainer
 from library import files
+from library.data import dataset
 from library.training.checked_files import damage_of
 from tests.training_runs import TrainingRun, tensor_bytes
 from train_network import NetworkTrainer
@@ -33,6 +35,11 @@ from train_network import NetworkTrainer
 logger = logging.getLogger(__name__)
 
 STEPS = 8
+FEW_SAMPLES = {"sample_every_n_steps": 100}
+UNCACHED = {
+    "cache_latents": False, "cache_latents_to_disk": False, "max_data_loader_n_workers": 1, "max_train_steps": 5,
+    **FEW_SAMPLES,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -98,13 +105,13 @@ def ended_exactly(words: list[str], tmp_path: Path, expected: bytes) -> None:
 
 
 def check_all_is_whole(output: Path) -> None:
-    """What lies in a folder under a final name can be read to its end."""
-    for path in output.glob("*.safetensors"):
+    """What lies in a folder under a final name can be read to its end; hidden names are of what was being written."""
+    for path in output.glob("[!.]*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
-    for folder in output.glob("*-state"):
+    for folder in output.glob("[!.]*-state"):
         assert (folder / "manifest.json").is_file()
         assert damage_of(folder) is None, folder
-    for path in output.glob("sample/*.png"):
+    for path in output.glob("sample/[!.]*.png"):
         with Image.open(path) as picture:
             picture.load()
 
@@ -127,6 +134,7 @@ def kill_repeatedly(words: list[str], tmp_path: Path, kills: int, expected: byte
             shutil.rmtree(tmp_path / "cache")
             continue
         phases[phase_of(run.output)] += 1
+        logger.info("kill %d while %s", phases.total(), phase_of(run.output))
         check_all_is_whole(output)
         told = [int(step) for step in re.findall(r"saved \S+tiny-step(\d+)-state", run.output)]
         assert set(told) <= set(states_of(output)), "a state that was told to be saved is lost"
@@ -202,7 +210,7 @@ def full_disk() -> None:
 
 def test_a_full_disk_keeps_the_last_save_and_training_goes_on_when_there_is_room(words, tmp_path, undisturbed):
     output = tmp_path / "output"
-    run = started(words(sample_every_n_steps=100), tmp_path, full_disk)
+    run = started(words(**FEW_SAMPLES), tmp_path, full_disk)
     run.wait_for("tiny-step00000002-state")
     (output / "full").touch()
     run.wait_for("failed: the disk of")
@@ -217,7 +225,7 @@ def test_a_full_disk_keeps_the_last_save_and_training_goes_on_when_there_is_room
 
 def test_a_disk_that_stays_full_ends_the_run_with_a_message(words, tmp_path, undisturbed):
     output = tmp_path / "output"
-    run = started(words(sample_every_n_steps=100), tmp_path, full_disk)
+    run = started(words(**FEW_SAMPLES), tmp_path, full_disk)
     run.wait_for("tiny-step00000002-state")
     (output / "full").touch()
     assert run.end() == 1
@@ -243,7 +251,7 @@ def mounted(tmp_path) -> Iterator[Path]:
 
 @pytest.mark.slow
 def test_a_small_disk_that_fills_up(words, tmp_path, mounted, undisturbed):
-    run = started(words(), tmp_path)
+    run = started(words(**FEW_SAMPLES), tmp_path)
     run.wait_for("tiny-step00000002-state")
     with pytest.raises(OSError, match="No space left"), (mounted / "filling").open("wb") as filling:
         while True:
@@ -259,7 +267,7 @@ def test_a_small_disk_that_fills_up(words, tmp_path, mounted, undisturbed):
 
 @pytest.mark.slow
 def test_an_output_folder_that_becomes_read_only(words, tmp_path, mounted, undisturbed):
-    run = started(words(), tmp_path)
+    run = started(words(**FEW_SAMPLES), tmp_path)
     run.wait_for("tiny-step00000002-state")
     subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
     assert run.end() == 1
@@ -331,9 +339,7 @@ def test_steps_that_are_not_finite_change_nothing_and_name_their_pictures(words,
     check_all_is_whole(tmp_path / "output")
 
 
-UNCACHED = {"cache_latents": False, "cache_latents_to_disk": False, "max_data_loader_n_workers": 1}
-
-
+@pytest.mark.slow
 def test_a_loading_process_that_dies_ends_the_run_with_a_message_and_a_state(words, tmp_path, undisturbed):
     run = started(words(**UNCACHED), tmp_path)
     run.wait_for("tiny-step00000002-state")
@@ -347,29 +353,38 @@ def test_a_loading_process_that_dies_ends_the_run_with_a_message_and_a_state(wor
     ended_exactly(words(**UNCACHED), tmp_path, undisturbed(**UNCACHED)[0])
 
 
-def full_shared_memory() -> None:
-    """/dev/shm of this process and its children has one page."""
+def small_shared_memory(size: bytes) -> None:
+    """Gives this process and its children a /dev/shm of their own, and little patience."""
     import ctypes
 
+    dataset._MOST_WAITS = 1
     new_mounts, private = 0x20000, (1 << 18) | (1 << 14)
     libc = ctypes.CDLL(None, use_errno=True)
     for failed in (
         libc.unshare(new_mounts),
         libc.mount(b"none", b"/", None, private, None),
-        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=4k"),
+        libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=" + size),
     ):
         if failed:
             raise OSError(ctypes.get_errno(), "no own /dev/shm")
 
 
 @pytest.mark.slow
-def test_full_shared_memory_ends_the_run_with_a_message(words, tmp_path, mounted):
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (b"4k", "error: processes that load pictures cannot be started ([Errno 28] No space left on device)"),
+        (b"64k", "error: a process that loads pictures has died or hangs, mostly as memory or /dev/shm is full"),
+    ],
+)
+def test_full_shared_memory_ends_the_run_with_a_message(words, tmp_path, mounted, size, message):
     """`mounted` skips where mounts are not allowed."""
-    run = started(words(**UNCACHED), tmp_path, full_shared_memory)
+    run = started(words(**UNCACHED), tmp_path, partial(small_shared_memory, size))
     assert run.end() == 1
-    assert "error: a process that loads pictures has died" in run.output
-    assert "/dev/shm" in run.output
-    without = started(words(**{**UNCACHED, "max_data_loader_n_workers": 0}), tmp_path, full_shared_memory)
+    assert message in run.output
+    without = started(
+        words(**{**UNCACHED, "max_data_loader_n_workers": 0}), tmp_path, partial(small_shared_memory, size)
+    )
     assert without.end() == 0
 
 

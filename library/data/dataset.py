@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 _BATCHES_AHEAD = 4
 # Captions announced at once: enough for the text encoder to work in full batches, and to visit the GPU rarely.
 _CAPTIONS_AHEAD = 512
+# A loading process is looked after every so many seconds; one that finds no room in /dev/shm hangs without a word.
+_LOOK_SECONDS, _MOST_WAITS = 5, 60
+_WITHOUT_PROCESSES = (
+    "lower max_data_loader_n_workers; with 0, threads load instead, which need no /dev/shm and little memory"
+)
 
 
 class _Entry(NamedTuple):
@@ -114,6 +119,7 @@ class TrainingBatches:
                 batch_size=None,  # the sampler's entries are whole batches
                 sampler=self._sampler,
                 num_workers=workers,
+                timeout=_LOOK_SECONDS,
                 persistent_workers=persistent_workers,
                 worker_init_fn=_leave_ctrl_c_to_the_main_process,
                 generator=torch.Generator(),  # or the loader would draw from the global one
@@ -193,23 +199,31 @@ def _loaded_ahead(dataset: _BatchDataset, entries: Sequence[_Entry]) -> Iterator
 
 
 def _loaded_by_processes(loader: DataLoader) -> Iterator[Batch]:
-    """The loader's batches. DataError where a process has died."""
-    batches = iter(loader)
+    """The loader's batches. DataError where a process cannot be started, has died, or delivers nothing for minutes."""
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        raise DataError(f"processes that load pictures cannot be started ({error}): {_WITHOUT_PROCESSES}") from error
     if hasattr(signal, "SIGCHLD"):
         # PyTorch's handler would raise in the midst of a step; without it the death is found here, between two.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    waits = 0
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            waits += 1
+            if "DataLoader timed out" in str(error) and waits < _MOST_WAITS:
+                continue
+            if "DataLoader" not in str(error):
                 raise
             raise DataError(
-                "a process that loads pictures has died, mostly because memory or /dev/shm is full: lower "
-                "max_data_loader_n_workers; with 0, threads load instead, which need no /dev/shm"
+                "a process that loads pictures has died or hangs, mostly as memory or /dev/shm is full: "
+                + _WITHOUT_PROCESSES
             ) from error
+        waits = 0
         yield batch
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from library.errors import first_ten
@@ -22,7 +22,8 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
 
     def write(file: Path) -> None:
-        save_file(dict(tensors), file, metadata=dict(metadata or {}) or None)
+        # Not save_file, whose own error of a full disk has no error number.
+        file.write_bytes(save(dict(tensors), metadata=dict(metadata or {}) or None))
         fill_hashes(file)
         _check_reads_back(file, path.name, tensors)
 
