@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from library.console import readable_time
-from library.errors import SettingError, UserError
+from library.errors import SettingError, UserError, first_ten
 from library.training.machine import readable_size
 from library.training.run import RunSettings
 
@@ -157,7 +157,7 @@ def check_fit(trials: Sequence[Trial], limit: int | None, accumulation: int, sav
     if not failed and not near:
         return None
     tight = failed or near
-    shapes = ", ".join(f"{trial.batch_size} x {trial.bucket[0]}x{trial.bucket[1]}" for trial in tight)
+    shapes = first_ten(f"{trial.batch_size} x {trial.bucket[0]}x{trial.bucket[1]}" for trial in tight)
     means = [*savers, *_smaller_batch(trials, tight, limit, accumulation), "a smaller resolution"]
     advice = f"What needs less memory: {'; '.join(means)}"
     if failed:
