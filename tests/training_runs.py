@@ -8,13 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 from anima_train_network import main
 
@@ -28,6 +28,7 @@ class TrainingRun:
     """A started run: `words` as on its command line, its output in the file `log`, to which runs append.
 
     prepare: called in the process before the trainer, to put faults into it; of a module's top level.
+    store: what the processes of a group share, kept for as long as this is.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class TrainingRun:
         log: Path,
         prepare: Callable[[], None] | None = None,
         environment: Mapping[str, str] | None = None,
+        store: TCPStore | None = None,
     ) -> None:
         self._log = log
+        self._store = store
         self._start = log.stat().st_size if log.exists() else 0
         self._process = _CONTEXT.Process(target=_train, args=(list(words), log, prepare, dict(environment or {})))
         self._process.start()
@@ -80,15 +83,20 @@ class TrainingRun:
 def run_group(
     words: Sequence[str], folder: Path, processes: int, prepare: Callable[[], None] | None = None
 ) -> list[TrainingRun]:
-    """The processes of one run, as a launcher starts them; their outputs go to folder/0.log, folder/1.log, …"""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "1"}
-    return [
-        TrainingRun(words, folder / f"{rank}.log", prepare, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(processes)
-    ]
+    """The processes of one run, as a launcher starts them; their outputs go to folder/0.log, folder/1.log, …
+
+    As with a launcher, the store they share outlives them.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {
+        "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "ACCELERATE_USE_CPU": "1",
+    }  # fmt: skip
+    runs = []
+    for rank in range(processes):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        runs.append(TrainingRun(words, folder / f"{rank}.log", prepare, environment, store))
+    return runs
 
 
 def tensor_bytes(path: Path) -> bytes:

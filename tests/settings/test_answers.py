@@ -72,7 +72,7 @@ def test_print_options_tells_defaults_types_aliases_and_advice(capsys):
     assert main(["--print_options", "network"]) == 0
     shown = capsys.readouterr().out
     assert "network_dim = 4  (whole number)" in shown
-    assert "learning_rate" not in shown.partition("unet_lr")[0]
+    assert "  learning_rate = " not in shown.partition("unet_lr")[0]
     assert main(["--print_options"]) == 0
     everything = capsys.readouterr().out
     assert "batch_size = 1  (whole number; also train_batch_size)" in everything

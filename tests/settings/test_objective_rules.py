@@ -45,7 +45,10 @@ def words(needed_flags):
             "command line: --timestep_offset: 300 moves (almost) all timesteps out of min_timestep 0 to "
             "max_timestep 200: bring it nearer to 0",
         ),
-        ("--anima_flow_shift 2 --discrete_flow_shift 3", "--discrete_flow_shift = '3': contradicts --anima_flow_shift = 2.0"),
+        (
+            "--anima_flow_shift 2 --discrete_flow_shift 3",
+            "--discrete_flow_shift = '3': contradicts --anima_flow_shift = 2.0",
+        ),
         ("--anima_flow_shift 0", "command line: --anima_flow_shift: 0.0 is out of range; give from 0.01 to 100"),
     ],
 )
