@@ -52,7 +52,13 @@ def main(arguments: Sequence[str]) -> int:
     if unmet and install(files, unmet) != 0:
         say("error: pip could not install the packages above; the text before this line says why")
         return 1
-    return demo(parsed.extra) if parsed.command == "demo" else run([sys.executable, "-m", "pytest", *parsed.extra])
+    return demo(parsed.extra) if parsed.command == "demo" else test(parsed.extra)
+
+
+def test(extra: Sequence[str]) -> int:
+    """Runs the tests, one process for each processor."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return run([sys.executable, "-m", "pytest", "-n", "auto", *extra])
 
 
 def requirements(file: Path) -> list[str]:

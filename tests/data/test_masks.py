@@ -18,7 +18,7 @@ from library.errors import DataError
 
 
 def picture(path, mask=None, bucket=(64, 32), **subset):
-    return Picture("0/0/a.png", path, "", (64, 32), bucket, 0, SubsetSettings(**subset), mask)
+    return Picture("0/0/a.png", path, "", (64, 32), bucket, 0, SubsetSettings(**subset), mask=mask)
 
 
 def save_grey(path, values):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from library.errors import SettingError
+from library.options import Secret
 from library.settings.command_line import parse_command_line
 from library.settings.dataset_toml import datasets_from_tables, read_dataset_tables
 from library.settings.groups import by_spelling, shared_dataset_options, subset_options, top_level_options
@@ -43,6 +44,8 @@ def toml_and_words(spelling):
         return '"some/where"', [f"--{spelling}", "some/where"], Path("some/where")
     if declared.name.endswith("_tokenizer_repo_id") or declared.name.endswith("_modelscope_repo_id"):
         return '"owner/name"', [f"--{spelling}", "owner/name"], "owner/name"
+    if "Secret" in annotation:
+        return '"some key"', [f"--{spelling}", "some key"], Secret("some key")
     if "str" in annotation:
         return '"some text"', [f"--{spelling}", "some text"], "some text"
     if "int" in annotation:
@@ -86,7 +89,9 @@ def test_wrong_type_names_key_file_and_line(spelling, tmp_path):
     problems = []
     resolve(read_toml(path).flat_entries(), top_level_options(), problems)
     assert len(problems) == 1
-    assert problems[0].startswith(f"{path}:3: {spelling} = datetime.date(1979, 5, 27): expected ")
+    is_secret = "Secret" in str(by_spelling(top_level_options())[spelling].type)
+    shown = "(hidden)" if is_secret else "datetime.date(1979, 5, 27)"
+    assert problems[0].startswith(f"{path}:3: {spelling} = {shown}: expected ")
 
 
 @pytest.mark.parametrize("spelling", sorted(by_spelling({**shared_dataset_options(), **subset_options()})))

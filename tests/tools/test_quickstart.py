@@ -78,7 +78,7 @@ def started(monkeypatch) -> list[list[str]]:
 
 def test_good_environment_is_used_as_it_is(started):
     assert quickstart.main(["test", "-k", "some thing"]) == 0
-    assert started == [[sys.executable, "-m", "pytest", "-k", "some thing"]]
+    assert started == [[sys.executable, "-m", "pytest", "-n", "auto", "-k", "some thing"]]
 
 
 def test_other_environment_is_left_alone_and_venv_made(started, monkeypatch, tmp_path):
@@ -99,7 +99,7 @@ def test_venv_is_filled_when_it_lacks_something(started, monkeypatch):
     monkeypatch.setattr(quickstart, "is_met", lambda line: not line.startswith("pytest"))
     assert quickstart.main(["test"]) == 0
     install = [sys.executable, "-m", "pip", "install", "-r", "requirements.txt", "-r", "tests/requirements.txt"]
-    assert started == [install, [sys.executable, "-m", "pytest"]]
+    assert started == [install, [sys.executable, "-m", "pytest", "-n", "auto"]]
 
 
 def test_real_venv_is_made_once_and_again_when_broken(monkeypatch, tmp_path):
