@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,8 +21,6 @@ from networks.network import AdapterNetwork
 from networks.norm import NormDelta
 from networks.patterns import unmatched, value_for
 from networks.targets import find_linears, find_norms, named_modules, trainable_modules
-
-logger = logging.getLogger(__name__)
 
 # From here on a rank stands for "whole matrix" (LyCORIS' users write 100000).
 WHOLE_MATRIX_RANK = 100000
@@ -148,8 +145,6 @@ def _check_ranks(ranks: Sequence[int], adapter_type: str) -> None:
     for rank in ranks:
         if rank < 1 or (rank >= WHOLE_MATRIX_RANK and adapter_type != "lokr"):
             raise SettingError(f"network_dim: {rank} is not a rank; give 1 or more, far below the model's widths")
-    if ranks[0] >= WHOLE_MATRIX_RANK:
-        logger.info("network_dim %d: LoKr with whole matrices", ranks[0])
 
 
 def _adapter_of(path: str, tensors: dict[str, Tensor], module: nn.Module) -> Adapter:

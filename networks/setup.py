@@ -19,7 +19,7 @@ from library.options import split_arguments
 from networks.adapter_files import fit_adapter_tensors, load_adapter_file
 from networks.adapter_types import Adapters, AdapterType, infer_types
 from networks.comfyui_reader import check_comfyui_reads
-from networks.creation import create_network_from_weights, weight_shapes
+from networks.creation import WHOLE_MATRIX_RANK, create_network_from_weights, weight_shapes
 from networks.key_formats import write_keys
 from networks.network import AdapterNetwork
 from networks.outside import OutsideNetwork, check_outside_settings, create_outside_network
@@ -124,6 +124,8 @@ def check_planned(
     if settings.network_module not in _OWN_MODULES:
         return None
     network = create_network(settings, module, arguments, model, text_encoder)
+    if settings.network_dim >= WHOLE_MATRIX_RANK and not settings.dim_from_weights:
+        logger.info("network_dim %d: LoKr with whole matrices", settings.network_dim)
     if settings.network_weights is not None and not settings.dim_from_weights:
         network.read_weights(settings.network_weights, settings.allow_partial_weights)
     if settings.text_encoder_lr is not None and not network.trains("text_encoder"):

@@ -74,6 +74,15 @@ def test_what_cannot_be_given_is_told_from_the_plan(model, text_encoder, setting
         check_planned(settings, module, network_arguments(settings, ()), plan, text_encoder, caches_text=True)
 
 
+def test_a_rank_that_means_whole_matrices_is_told_once(model, text_encoder, caplog):
+    settings = NetworkSettings(network_module="networks.lokr_anima", network_dim=100000)
+    module, arguments = import_network_module(settings.network_module), network_arguments(settings, ())
+    with caplog.at_level(logging.INFO):
+        check_planned(settings, module, arguments, model, text_encoder, caches_text=False)
+        create_network(settings, module, arguments, model, text_encoder)
+    assert caplog.messages == ["network_dim 100000: LoKr with whole matrices"]
+
+
 def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encoder, tmp_path, make_model):
     file, nonsense = tmp_path / "rank8.safetensors", tmp_path / "nonsense.safetensors"
     lora_anima.create_network(1.0, 8, 1.0, None, None, model).save_weights(file, None, None)
