@@ -56,7 +56,10 @@ def map_root_style(entries: Sequence[Entry], problems: list[str]) -> Mapped:
     """Renames and computes; unknown keys are added to `problems`, known ones that become nothing are told apart."""
     known_names = {*by_spelling(top_level_options()), *FIXED, *REFUSED}
     choices = _Choices(_network_module(entries), _optimizer_type(entries), _saves_states(entries))
-    reasons = {entry.label: _reason_unmapped(entry, choices, known_names) for entry in entries}
+    overruled = _overruled(entries)
+    reasons = {
+        entry.label: overruled.get(entry.label) or _reason_unmapped(entry, choices, known_names) for entry in entries
+    }
     written = {entry.label: entry for entry in entries if reasons[entry.label] is None}
     mapped = [*_length(written), *_schedule(written), *_precision(written), *_output_name(written), *_states(written)]
     mapped += [*_network(written, choices.module, problems), *_optimizer(written, choices.optimizer, problems)]
@@ -124,6 +127,19 @@ def _reason_unmapped(entry: Entry, choices: _Choices, known_names: Collection[st
     if entry.name in NO_EFFECT:
         return NO_EFFECT[entry.name]
     return None if label in SAME_VALUE or entry.name in known_names else WITHOUT_COUNTERPART.get(heading)
+
+
+def _overruled(entries: Sequence[Entry]) -> dict[str, str]:
+    """The keys that others of the file win over, each with the reason."""
+    winners = {entry.label for entry in entries if not _is_off(entry.value)}
+    reasons = {}
+    if "training.max_steps" in winners:
+        reasons["training.epochs"] = "max_steps is above 0 and wins"
+    if "training.lr_warmup_steps" in winners:
+        reasons["training.lr_warmup_ratio"] = "lr_warmup_steps is above 0 and wins"
+    if "output.output_name" in winners:
+        reasons["lora.lora_name"] = "output.output_name names the files"
+    return reasons
 
 
 def _length(written: Mapping[str, Entry]) -> list[Entry]:

@@ -256,6 +256,18 @@ def test_keys_of_another_network_or_optimizer_are_listed_and_not_used(workplace,
     ]
 
 
+def test_keys_that_others_win_over_are_listed(workplace, caplog):
+    text = "[training]\nepochs = 3\nmax_steps = 70\nlr_warmup_steps = 5\nlr_warmup_ratio = 0.1\n"
+    values = flat(workplace, LEAST + text + "[lora]\nlora_name = 'a'\n[output]\noutput_name = 'b'\n")
+    assert (values["max_train_steps"], values["max_train_epochs"]) == (70, None)
+    assert (values["lr_warmup_steps"], values["output_name"]) == (5, "b")
+    assert warnings_in(caplog) == [
+        "root.toml:9: training.epochs is not used: max_steps is above 0 and wins",
+        "root.toml:12: training.lr_warmup_ratio is not used: lr_warmup_steps is above 0 and wins",
+        "root.toml:14: lora.lora_name is not used: output.output_name names the files",
+    ]
+
+
 def gathered(workplace: Path, text: str) -> tuple[dict, list[str]]:
     (workplace / "root.toml").write_text(text, encoding="utf-8")
     problems = []
