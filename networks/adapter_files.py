@@ -128,9 +128,8 @@ def _fitting_keys(
     if not fitting:
         problems.append(f"it looks like {describe_tensors(shapes)}")
     if not fitting or (problems and not allow_partial):
-        raise ModelFileError(
-            f"{source} does not fit this model (allow_partial_weights uses what fits):\n  " + "\n  ".join(problems)
-        )
+        hint = " (allow_partial_weights uses what fits)" if fitting else ""
+        raise ModelFileError(f"{source} does not fit this model{hint}:\n  " + "\n  ".join(problems))
     if problems:
         logger.warning("%s fits this model in part; the rest is left out:\n  %s", source, "\n  ".join(problems))
     return fitting
