@@ -361,7 +361,8 @@ class NetworkTrainer(ABC):
         if self.accelerator.is_main_process:
             clear_killed_saves(settings.saving)
         resume = problems.attempt(find_state, run, settings.saving, settings.hub)
-        if resume is None:
+        draws_only = settings.schedule.show_lr_schedule is not None or settings.timesteps.show_timesteps is not None
+        if resume is None and not draws_only:
             problems.attempt(check_nothing_overwritten, settings.saving)
         problems.attempt(check_trackers, settings.logging)
         module = problems.attempt(import_network_module, settings.network.network_module)
