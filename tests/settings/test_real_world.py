@@ -239,6 +239,7 @@ WARNINGS = {
         "training.train_parts is not used: the network's own settings say what is trained",
         "training.text_cache_size is not used",
         "training.max_token_length is not used: captions are never cut",
+        "lora.lora_name is not used: output.output_name names the files",
         "optimizer.prodigy_d_coef is not used: it is for Prodigy, and the optimizer is adamw",
         "optimizer.prodigy_decouple is not used",
         "optimizer.prodigy_use_bias_correction is not used",
