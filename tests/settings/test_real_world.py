@@ -245,7 +245,10 @@ WARNINGS = {
         "optimizer.prodigy_use_bias_correction is not used",
         "optimizer.prodigy_safeguard_warmup is not used",
     ],
-    "root_schedulefree": ["lora.lokr_factor is not used: it is for LoKr, and a LoRA is trained"],
+    "root_schedulefree": [
+        "training.epochs is not used: max_steps is above 0 and wins",
+        "lora.lokr_factor is not used: it is for LoKr, and a LoRA is trained",
+    ],
 }
 
 
