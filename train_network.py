@@ -99,6 +99,7 @@ from networks.setup import (
     check_network,
     check_planned,
     create_network,
+    facts_from_weights,
     import_network_module,
     missing_adapter_files,
     network_arguments,
@@ -272,7 +273,7 @@ class NetworkTrainer(ABC):
         self.make_parts(total_steps, buckets=len({picture.bucket for picture in pictures}))
         self.begin(plan)
         self.facts = RunFacts(
-            model=self.model_facts(),
+            model={**self.model_facts(), **facts_from_weights(settings.network, self.network)},
             model_files=self.model_files(),
             file_hashes=start_hashing(self.model_files()) if is_main else {},
             data=describe_data(settings.datasets, pictures) | {"num_validation_images": len(plan.validation)},

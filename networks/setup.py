@@ -200,6 +200,23 @@ def _differences(own: Adapters, again: Adapters, exact: bool) -> list[str]:
     return problems
 
 
+def facts_from_weights(settings: NetworkSettings, network: Network) -> dict[str, Any]:
+    """What metadata says of a network whose types and ranks came from a file: those of most of its modules.
+
+    Empty where the settings tell: without dim_from_weights.
+    """
+    if not settings.dim_from_weights:
+        return {}
+    adapters = network.adapter_tensors()
+    described = Counter(
+        (found.kind, WHOLE_MATRIX_RANK if found.full_matrix else found.rank, float(adapters[path]["alpha"]))
+        for path, found in infer_types(adapters).items()
+        if "alpha" in adapters[path]
+    )
+    kind, rank, alpha = described.most_common(1)[0][0]
+    return {"ss_network_module": f"networks.{kind}_anima", "ss_network_dim": rank, "ss_network_alpha": alpha}
+
+
 def summary_table(network: Network, groups: Collection[Mapping[str, Any]]) -> str:
     """What trains, one line for each parameter group: modules, their adapters, parameters, rate."""
     types, paths = infer_types(network.adapter_tensors()), network.paths()

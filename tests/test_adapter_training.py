@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from anima_train_network import AnimaNetworkTrainer, main
@@ -117,8 +118,12 @@ def test_dim_from_weights_takes_lokrs_structure_from_the_file(config, written, t
     assert main(config(network_module=LOKR, network_dim=3, network_alpha=2, network_args=arguments)) == 0
     before = written()
     start = (tmp_path / "output" / "tiny.safetensors").rename(tmp_path / "start.safetensors")
-    words = config(network_module=LOKR, network_weights=start, dim_from_weights=True, learning_rate=1e-9)
+    words = config(network_weights=start, dim_from_weights=True, learning_rate=1e-9)
     assert main(words) == 0
+    with safe_open(tmp_path / "output" / "tiny.safetensors", "pt") as file:
+        told = file.metadata()
+    assert told["ss_network_module"] == LOKR
+    assert told["ss_network_dim"] == ("100000" if "full_matrix=true" in arguments else "3")
     after = written()
     assert after.keys() == before.keys()
     for key, tensor in after.items():
