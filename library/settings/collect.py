@@ -27,7 +27,7 @@ from library.settings.listing import PICTURE_SOURCES
 from library.settings.resolve import resolve
 from library.settings.root_style import Mapped, is_root_style, map_root_style
 from library.settings.root_style_keys import DEFAULT_SOURCE
-from library.settings.rules import check_settings, wrong_numbers
+from library.settings.rules import check_settings, problems_of, wrong_numbers
 from library.settings.toml_files import TomlFile, read_toml
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _ARGUMENTS_OF = {"optimizer_type": "optimizer_args", "network_module": "network_
 def read_settings(argv: Sequence[str]) -> Settings:
     """The settings of a run from its command-line words (without the program's name).
 
-    Raises SettingError listing every problem at once: first of names and types, then of values and combinations.
+    Raises SettingError listing every problem at once: of names and types first.
     """
     settings, problems = settings_and_problems(argv)
     _raise(problems)
@@ -51,10 +51,18 @@ def read_settings(argv: Sequence[str]) -> Settings:
 def settings_and_problems(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     """The settings, and what is wrong with their files and combinations: for a report together with other checks.
 
-    Raises SettingError for wrong names, types and numbers, with which nothing else can be checked.
+    Raises SettingError for wrong names, types and numbers, with which models and pictures cannot be looked at; what
+    else is wrong with the settings is told with them.
     """
+    unread: list[str] = []
     problems: list[str] = []
-    settings = resolve_settings(argv, problems)
+    gathered = gather(argv, unread)
+    settings = _settings_of(gathered, problems)
+    if unread:
+        problems += problems_of(settings)
+        # Of what was not read it might be said that it is not set; what names a source is known to be wrong.
+        sources = {f"{given.source}: {given.label}" for given in settings.given.values()}
+        _raise([*unread, *(problem for problem in problems if any(source in problem for source in sources))])
     problems += check_settings(settings)
     if any(wrong_numbers(settings)):
         _raise(problems)
@@ -69,6 +77,10 @@ def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:
     unread: list[str] = []
     gathered = gather(argv, unread)
     _raise(unread)
+    return _settings_of(gathered, problems)
+
+
+def _settings_of(gathered: Gathered, problems: list[str]) -> Settings:
     given, tables = gathered.given, gathered.tables
     _log_root_style(gathered)
     datasets = datasets_from(gathered, problems)

@@ -98,6 +98,11 @@ RANGES: dict[str, tuple[float, float | None]] = {
 def check_settings(settings: Settings) -> list[str]:
     """Every problem of the settings as a whole; what has no effect is logged as a warning."""
     warn_of_surprises(settings)
+    return problems_of(settings)
+
+
+def problems_of(settings: Settings) -> list[str]:
+    """Every problem of the settings as a whole."""
     rules = (
         model_files, attention, memory, precision, numbers_in_range, objective, data, buckets, optimizer_problems,
         files_to_start_from, samples, output_folders,

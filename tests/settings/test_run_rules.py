@@ -137,3 +137,14 @@ def test_problems_are_returned_for_a_common_report_unless_numbers_are_wrong(need
     assert len(problems) == 2
     with pytest.raises(SettingError, match=r"network_dim: 0 is out of range; give 1 or more\n.*there is no file gone"):
         settings_and_problems([*needed_flags, "--network_dim", "0", "--network_weights", "gone"])
+
+
+def test_one_report_tells_wrong_names_types_numbers_files_and_combinations(needed_flags, tmp_path):
+    """What a misspelt or misread setting would have said is left out: nothing is told of it twice."""
+    file = tmp_path / "five.toml"
+    file.write_text(
+        'learing_rate = 1e-4\nnetwork_dim = "four"\nanima_seq_len = 100\noptimizer_type = "RAdamScheduleFree"\n'
+        'lr_scheduler = "cosine"\nnetwork_weights = "gone.safetensors"\nvea = "x"\n'
+    )
+    problems = error_of(["--config_file", str(file), *(word for word in needed_flags if "vae" not in word)]).split("\n")
+    assert [int(problem.split(":")[1]) for problem in problems] == [1, 2, 7, 3, 5, 6]
