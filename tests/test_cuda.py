@@ -17,7 +17,7 @@ from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokeni
 from library.training.optimizers import OptimizerSettings, make_optimizer
 from library.training.speed import SpeedSettings
 from networks import loha_anima, lokr_anima, lora_anima
-from tools.benchmark_training import COMPILED, EAGER, LOKR, LORA, Case, endless_batches, ready_trainer
+from tools.benchmark_cases import COMPILED, EAGER, LOKR, LORA, Case, endless_batches, ready_trainer
 from tools.make_tiny_anima import REAL, transformer_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

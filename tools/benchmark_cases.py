@@ -1,0 +1,183 @@
+"""What is timed: the trainer's own step on random weights of the real size, in the cases of docs/performance.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from anima_train_network import AnimaNetworkTrainer
+from library.anima_runtime.attention_backends import choose_attention
+from library.anima_runtime.config import AnimaConfig
+from library.anima_runtime.low_memory import MemorySettings
+from library.anima_runtime.text_encoding import CaptionStates
+from library.anima_runtime.transformer import AnimaTransformer
+from library.data.dataset import Batch
+from library.settings import Settings
+from library.settings.groups import run_groups
+from library.training.run import RunSettings
+from library.training.speed import SpeedSettings
+from networks.settings import NetworkSettings
+from networks.setup import create_network, import_network_module, network_arguments
+
+LORA = {"network_dim": 16, "network_alpha": 16.0}
+LOKR = {"network_module": "networks.lokr_anima", "network_dim": 100000}
+EAGER = SpeedSettings(torch_compile=False, cuda_graphs=False)
+COMPILED = SpeedSettings(torch_compile=True, cuda_graphs=False)
+RECORDED = SpeedSettings(torch_compile=True, cuda_graphs=True)
+# Buckets of about 1024² pixels as folders of real pictures give them.
+MIXED = tuple((side, 1024 * 1024 // side // 64 * 64) for side in range(704, 1472, 64))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. sides: (width, height) of each bucket, taken in turn."""
+
+    network: Mapping[str, Any] = field(default_factory=lambda: LORA)
+    sides: tuple[tuple[int, int], ...] = ((1024, 1024),)
+    batch_size: int = 1
+    checkpointing: bool = False
+    attention: str = "auto"
+    speed: SpeedSettings = RECORDED
+    memory: MemorySettings = MemorySettings()
+
+
+CASES = {
+    "lora": Case(),
+    "lora_512": Case(sides=((512, 512),)),
+    "lora_batch4": Case(batch_size=4),
+    "lokr": Case(network=LOKR),
+    "lora_checkpointing": Case(checkpointing=True),
+    "lora_mixed": Case(sides=MIXED, batch_size=2),
+    "lora_fp8": Case(checkpointing=True, memory=MemorySettings(fp8_base=True)),
+    "lora_fp8_swap": Case(checkpointing=True, memory=MemorySettings(fp8_base=True, blocks_to_swap=14), speed=EAGER),
+    "lora_swap": Case(checkpointing=True, memory=MemorySettings(blocks_to_swap=14), speed=EAGER),
+    "lora_eager": Case(speed=EAGER),
+    "lokr_eager": Case(network=LOKR, speed=EAGER),
+    "lora_512_eager": Case(sides=((512, 512),), speed=EAGER),
+    "lora_cudnn": Case(attention="cudnn"),
+    "lora_compiled": Case(speed=COMPILED),
+    "lora_checkpointing_eager": Case(checkpointing=True, speed=EAGER),
+}
+
+
+class BenchmarkTrainer(AnimaNetworkTrainer):
+    """The trainer with random weights made in place, and captions' states made up."""
+
+    def __init__(self, settings: Settings, accelerator: Accelerator, config: AnimaConfig) -> None:
+        super().__init__(settings, accelerator)
+        self.config = config
+        backend = settings.model.attention_backend
+        self.attention = choose_attention(backend, config.head_size, self.dtype, self.device)
+
+    def load_models(self) -> tuple[nn.Module, nn.Module]:
+        place = torch.device("cpu") if self.settings.memory.is_used else self.device
+        self.transformer = random_transformer(self.config, self.dtype, self.device, place)
+        self.transformer.gradient_checkpointing = self.checkpoints
+        self.transformer.use_attention(self.attention[1])
+        self.captions = SimpleNamespace(encode=self._made_up_states)
+        return self.transformer, nn.Identity()
+
+    def _made_up_states(self, captions: list[str]) -> list[CaptionStates]:
+        """120 tokens a caption: a long list of tags."""
+        generator = torch.Generator().manual_seed(len(captions))
+        width = self.config.llm_adapter.source_width
+        states = torch.randn(120, width, generator=generator).to(self.dtype)
+        return [CaptionStates(states, torch.arange(1, 121)) for _ in captions]
+
+
+def random_transformer(
+    config: AnimaConfig, dtype: torch.dtype, device: torch.device, place: torch.device
+) -> AnimaTransformer:
+    """A frozen transformer that lies on `place`; its weights are drawn on `device`, one after the other."""
+    with torch.device("meta"):
+        transformer = AnimaTransformer(config)
+    transformer = transformer.to(dtype).to_empty(device=place).requires_grad_(False)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in transformer.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, device=device, dtype=dtype) * weight.shape[-1] ** -0.5)
+            else:
+                weight.fill_(1.0)
+    return transformer
+
+
+def ready_trainer(case: Case, device: torch.device, config: AnimaConfig) -> BenchmarkTrainer:
+    """A trainer with model, network and optimizer in place."""
+    settings = case_settings(case, device)
+    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
+    trainer = BenchmarkTrainer(settings, accelerator, config)
+    models = trainer.load_models()
+    module = import_network_module(settings.network.network_module)
+    trainer.network = create_network(settings.network, module, network_arguments(settings.network, {}), *models)
+    trainer.network.to(trainer.device).apply_to(None, models[0], False, True)
+    trainer.place_models()
+    trainer.network.train()
+    trainer.make_parts(total_steps=1000, buckets=len(case.sides))
+    return trainer
+
+
+def case_settings(case: Case, device: torch.device) -> Settings:
+    """The settings that matter to a step; the rest as by default."""
+    groups = {name: group() for name, group in run_groups().items()}
+    precision = "bf16" if device.type == "cuda" else "no"
+    run = RunSettings(mixed_precision=precision, gradient_checkpointing=case.checkpointing)
+    optimizer = replace(groups["optimizer"], learning_rate=1e-4)
+    network = NetworkSettings(**case.network)
+    model = replace(groups["model"], anima_attention_backend=case.attention)
+    changed = {"model": model, "run": run, "optimizer": optimizer, "network": network}
+    changed |= {"speed": case.speed, "memory": case.memory}
+    return Settings(**{**groups, **changed}, datasets=(), given={})
+
+
+def endless_batches(case: Case, config: AnimaConfig, rank: int = 0) -> Iterator[Batch]:
+    """Batches of random latents, bucket after bucket; each process of a run has its own."""
+    generator = torch.Generator().manual_seed(rank)
+    number = 0
+    while True:
+        width, height = case.sides[number % len(case.sides)]
+        shape = (case.batch_size, config.latent_channels, 1, height // 8, width // 8)
+        names = [f"{number}_{rank}_{row}" for row in range(case.batch_size)]
+        yield Batch(
+            pixels_BCHW=None,
+            latents_BCTHW=torch.randn(shape, generator=generator),
+            captions=names,
+            keys=[(0, name, 0) for name in names],
+            paths=[Path(name) for name in names],
+            bucket=(width, height),
+            counted=True,
+            loss_weights=torch.ones(case.batch_size),
+            timestep_offsets=[0] * case.batch_size,
+        )
+        number += 1
+
+
+def step_teraflops(case: Case, config: AnimaConfig) -> float:
+    """What a step must compute without recomputing: 2 x the forward's products and 3 x (forward, 2 backward) attention.
+
+    The frozen weights need no gradient, so a product costs its forward and one backward product.
+    """
+    linear, attention = zip(*(forward_teraflops(side, config) for side in case.sides), strict=True)
+    return case.batch_size * (2 * statistics.fmean(linear) + 3 * statistics.fmean(attention))
+
+
+def forward_teraflops(side: tuple[int, int], config: AnimaConfig) -> tuple[float, float]:
+    """Of the blocks' matrix products and of their attention, for one picture of (width, height) pixels."""
+    tokens, width, context = image_tokens(side, config), config.width, 512
+    linear = 2 * tokens * width * (6 * width + 2 * config.mlp_width)
+    linear += 2 * context * 2 * config.context_width * width
+    attention = 4 * tokens * width * (tokens + context)
+    return config.depth * linear / 1e12, config.depth * attention / 1e12
+
+
+def image_tokens(side: tuple[int, int], config: AnimaConfig) -> int:
+    """Of a picture of (width, height) pixels."""
+    return side[0] * side[1] // (8 * config.patch_size) ** 2
