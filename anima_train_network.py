@@ -26,6 +26,7 @@ from library.anima_runtime.low_memory import check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.qwen3 import load_qwen3, plan_qwen3
+from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.sampling import render
 from library.anima_runtime.text_cache import TextCache
 from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, TextEncoder, pad_captions
@@ -313,9 +314,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def render_samples(self) -> list[SamplePicture]:
         self.vae.to(self.device)
         min_length = self.settings.model.anima_seq_len
+        # Recorded anew each time, as the adapter may lie elsewhere by then, or be left out.
+        forward = self.transformer if self.captured is None else RecordedForward(self.transformer)
         try:
             pictures = [
-                render(self.transformer, self.vae, self.text_encoder, request, self.device, min_length)
+                render(self.transformer, self.vae, self.text_encoder, request, self.device, min_length, forward)
                 for request in self.prompts
             ]
         finally:

@@ -798,9 +798,9 @@ class NetworkTrainer(ABC):
         self.network.eval()
         try:
             base = None
-            with averaged_weights(self.parts.optimizer), uncompiled():
+            with averaged_weights(self.parts.optimizer):
                 if self.samples.needs_base:
-                    with self.network.disabled():
+                    with self.network.disabled(), uncompiled():  # rendered once, which is not worth compiling for
                         base = self.with_room(self.render_samples)
                 samples = self.with_room(self.render_samples)
             for name, picture in self.samples.write(tag, self.state.step, samples, base):

@@ -12,6 +12,7 @@ from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import load_transformer
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.qwen3 import load_qwen3
+from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.text_encoding import TextEncoder
 from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.training.optimizers import OptimizerSettings, make_optimizer
@@ -154,3 +155,22 @@ def test_captions_become_the_same_bits_in_any_company_while_qwen_only_visits(tin
         (alone,) = encoder.encode([caption])
         assert alone.qwen_states.device.type == "cuda" and torch.equal(alone.qwen_states, expected.qwen_states)
     assert {parameter.device.type for parameter in encoder.qwen.parameters()} == {"cpu"}
+
+
+def test_a_recorded_forward_pass_gives_the_models_numbers_with_its_weights_as_they_are(real_width_config):
+    trainer = ready_trainer(Case(speed=EAGER), torch.device("cuda"), real_width_config)
+    forward, generator = RecordedForward(trainer.transformer), torch.Generator("cuda").manual_seed(0)
+    for side in (64, 48, 64):
+        latents = torch.randn(2, 16, 1, side, 64, device="cuda", generator=generator)
+        inputs = latents, torch.tensor([0.5, 0.5], device="cuda"), torch.randn(2, 512, 1024, device="cuda")
+        with torch.no_grad():
+            for parameter in trainer.network.parameters():
+                parameter.normal_(std=0.02, generator=generator)
+            expected = trainer.transformer(*inputs)
+        assert (forward(*inputs) - expected).norm() / expected.norm() < 0.01
+
+
+def test_a_pass_that_cannot_be_recorded_is_made_without(caplog):
+    forward = RecordedForward(lambda x: x + x.sum().item())  # it waits for the GPU
+    assert forward(torch.ones(2, device="cuda")).tolist() == [3.0, 3.0]
+    assert "rendered without" in caplog.text

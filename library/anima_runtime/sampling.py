@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,9 @@ from library.anima_runtime.text_encoding import CaptionEncoder, pad_captions
 from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import AnimaVAE
 from library.options import option
+
+# As AnimaTransformer is called: latents_BCTHW, timesteps_B, context_BSD -> velocity_BCTHW.
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,31 +53,52 @@ def render(
     request: PromptRequest,
     device: torch.device | str,
     min_context_length: int = 512,
+    forward: Forward | None = None,
 ) -> Image.Image:
-    """The picture `request` asks for. `transformer` lies on `device`.
+    """The picture `request` asks for. `transformer` lies on `device`. forward: another way to call it.
 
     Global random states stay as they are, and every module of the transformer gets its train or eval mode back.
     """
     with _eval_mode(transformer):
         contexts = _encode_prompts(transformer, text_encoder, request, device, min_context_length)
-        latents = denoise(transformer, _initial_noise(vae, request).to(device), contexts, request)
+        latents = denoise(forward or transformer, _initial_noise(vae, request).to(device), contexts, request)
     return _to_picture(vae.decode(latents))
 
 
 def denoise(
-    transformer: AnimaTransformer, noise_BCTHW: torch.Tensor, contexts: list[torch.Tensor], request: PromptRequest
+    forward: Forward, noise_BCTHW: torch.Tensor, contexts: Sequence[torch.Tensor], request: PromptRequest
 ) -> torch.Tensor:
     """Steps from noise (t = 1) to latents (t = 0), fp32. contexts: the prompt's (1, L, D), then the negative's.
 
     The schedule is `simple_sigmas`, the model's t being sigma itself.
     """
     sampler = make_sampler(request.sampler, request.steps, request.flow_shift, request.seed, noise_BCTHW.device)
+    batches = _batches(contexts)
     latents = noise_BCTHW
     for sigma, place in zip(sampler.sigmas[:-1].to(noise_BCTHW.device), sampler.timesteps, strict=True):
-        velocities = [transformer(latents, sigma.reshape(1), context).float() for context in contexts]
+        velocities = [
+            velocity_1CTHW
+            for context_BLD in batches
+            for velocity_1CTHW in _repeated(forward, latents, sigma, context_BLD).float().split(1)
+        ]
         velocity = guide(*velocities, cfg=request.cfg)
         latents = sampler.step(velocity, place, latents).prev_sample
     return latents
+
+
+def _batches(contexts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Contexts of one length run together, which takes half the launches; padding one would change its result."""
+    if len({context.shape for context in contexts}) == 1:
+        return [torch.cat(list(contexts))]
+    return list(contexts)
+
+
+def _repeated(
+    forward: Forward, latents_1CTHW: torch.Tensor, sigma: torch.Tensor, context_BLD: torch.Tensor
+) -> torch.Tensor:
+    """The velocity of one picture under each of the contexts."""
+    count = len(context_BLD)
+    return forward(latents_1CTHW.expand(count, -1, -1, -1, -1), sigma.expand(count), context_BLD)
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor | None = None, *, cfg: float) -> torch.Tensor:
@@ -93,7 +117,7 @@ def _encode_prompts(
 ) -> list[torch.Tensor]:
     """The contexts of the prompt and, when guidance needs it, of the negative prompt.
 
-    Each goes through the model alone: padding the shorter to the longer would add zero rows, which change a result.
+    Each is as long as it is alone: padding the shorter to the longer would add zero rows, which change a result.
     """
     prompts = [request.prompt] if request.cfg == 1 else [request.prompt, request.negative]
     return [

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from library.anima_runtime.checkpoint import load_transformer
 from library.anima_runtime.prompts import PromptRequest
+from library.anima_runtime.samplers import simple_sigmas
 from library.anima_runtime.sampling import denoise, guide, render
 from library.anima_runtime.text_encoding import CaptionStates
 
@@ -21,6 +24,7 @@ class RecordingModel(nn.Module):
         self.frozen = nn.Linear(1, 1).eval()
         self.velocity = velocity
         self.timesteps = []
+        self.batch_sizes = []
         self.modes = set()
 
     def encode_context(self, qwen_states, qwen_mask, t5_ids, t5_mask, min_length):
@@ -30,9 +34,11 @@ class RecordingModel(nn.Module):
         return torch.full((1, max(min_length, t5_ids.shape[1]), 1), float(t5_ids[0, 0]))
 
     def forward(self, latents, timesteps, context):
-        assert timesteps.shape == (1,)
+        assert timesteps.shape == (len(latents),) == (len(context),)
         assert timesteps.dtype == torch.float32
-        self.timesteps.append(float(timesteps))
+        (timestep,) = timesteps.unique().tolist()
+        self.timesteps.append(timestep)
+        self.batch_sizes.append(len(timesteps))
         self.modes.add(self.training or self.dropout.training)
         return self.velocity(latents, timesteps, context)
 
@@ -97,7 +103,7 @@ def test_guidance_arithmetic():
 
 
 @pytest.mark.parametrize(
-    ("request_", "shift", "calls"),
+    ("request_", "shift", "branches"),
     [
         # The model's velocity is the caption's length / 100, so guidance is 0.01 (negative + cfg (prompt - negative)).
         (PromptRequest("a" * 30, "b" * 10, cfg=4.0), 0.9, 2),
@@ -105,7 +111,7 @@ def test_guidance_arithmetic():
         (PromptRequest("a" * 30, "b" * 10, cfg=1.0), 0.3, 1),
     ],
 )
-def test_a_picture_is_noise_moved_by_the_guided_velocity(request_, shift, calls):
+def test_a_picture_is_noise_moved_by_the_guided_velocity(request_, shift, branches):
     request = PromptRequest(request_.prompt, request_.negative, 48, 32, seed=9, steps=3, cfg=request_.cfg)
     model = RecordingModel(lambda latents, t, context: context[:, :1, :, None, None] / 100 + torch.zeros_like(latents))
     noise = torch.randn(1, 16, 1, 4, 6, generator=torch.Generator().manual_seed(9))
@@ -114,11 +120,46 @@ def test_a_picture_is_noise_moved_by_the_guided_velocity(request_, shift, calls)
     result = picture(model, request)
     assert result.shape == (32, 48, 3)
     assert np.abs(result - expected).max() <= 0.5 + 1e-3
-    assert len(model.timesteps) == 3 * calls
+    assert model.batch_sizes == [branches] * 3
+
+
+def plain_steps(model, noise, contexts, request):
+    """Euler with guidance, each context through the model alone."""
+    sigmas, latents = simple_sigmas(request.steps, request.flow_shift), noise
+    for sigma, following in pairwise(sigmas):
+        prompt, negative = (model(latents, torch.tensor([sigma]), context) for context in contexts)
+        latents = latents + (following - sigma) * (negative + request.cfg * (prompt - negative))
+    return latents
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 9)], ids=["together", "apart"])
+@torch.no_grad()
+def test_prompt_and_negative_give_what_each_gives_alone(tiny_anima, lengths):
+    model = load_transformer(tiny_anima / "anima.safetensors", torch.float32, "cpu")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1, 16, 1, 8, 6, generator=generator)
+    contexts = [torch.randn(1, length, 32, generator=generator) for length in lengths]
+    request = PromptRequest("", steps=6, cfg=4.0)
+    rows = []
+
+    def forward(*tensors):
+        rows.append(len(tensors[0]))
+        return model(*tensors)
+
+    result = denoise(forward, noise, contexts, request)
+    torch.testing.assert_close(result, plain_steps(model, noise, contexts, request), rtol=1e-4, atol=1e-4)
+    assert rows == ([2] * 6 if len(set(lengths)) == 1 else [1] * 12)
+
+
+def test_the_model_may_be_called_another_way():
+    model = RecordingModel(lambda latents, t, context: latents * t.reshape(-1, 1, 1, 1, 1))
+    request = PromptRequest("cat", width=32, height=32, steps=2)
+    other = picture(model, request, forward=lambda *tensors: 0.5 * model(*tensors))
+    assert not np.array_equal(other, picture(model, request))
 
 
 def test_a_seed_is_a_picture():
-    model = RecordingModel(lambda latents, t, context: latents * t)
+    model = RecordingModel(lambda latents, t, context: latents * t.reshape(-1, 1, 1, 1, 1))
     first, again, other = (
         picture(model, PromptRequest("cat", width=32, height=32, seed=seed, steps=2)) for seed in (1, 1, 2)
     )
