@@ -46,6 +46,7 @@ from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
 from library.data.pictures import Picture
 from library.errors import Problems, UserError
+from library.planning.plan import RunPlan
 from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
@@ -56,7 +57,7 @@ from library.training.run import chooses_checkpointing
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
-from train_network import NetworkTrainer, RunPlan
+from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
 

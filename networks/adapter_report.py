@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,13 @@ def norms_by_block(norms: Mapping[str, float]) -> dict[str, float]:
         f"{PARTS[part]} {'outside' if number < 0 else number}": math.sqrt(square)
         for (part, number), square in sorted(squares.items())
     }
+
+
+def health_of(path: Path) -> tuple[str, Sequence[str], dict[str, float]]:
+    """Of an adapter file: what it holds in words, what is wrong with it, and how much it changes each block."""
+    found = inspect_adapter(open_adapter(path))
+    norms = norms_by_block({name: module.norm or 0.0 for name, module in found.modules.items()})
+    return found.description, found.problems, norms
 
 
 def _outline(name: str, tensor: Tensor) -> Tensor:

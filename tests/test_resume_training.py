@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_network
 from anima_train_network import AnimaNetworkTrainer, main
+from library.training import saves
 from train_network import NetworkTrainer
 
 QUICK = {"log_with": "none"}
@@ -151,14 +151,14 @@ def test_a_second_run_of_the_same_name_does_not_begin(config, tmp_path, capsys, 
 
 
 def test_a_save_that_fails_does_not_end_the_run(config, tmp_path, capsys, monkeypatch):
-    write = train_network.write_state
+    write = saves.write_state
 
     def full_at_first(folder, state):
         if folder.name == "tiny-step00000001-state":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(folder, state)
 
-    monkeypatch.setattr(train_network, "write_state", full_at_first)
+    monkeypatch.setattr(saves, "write_state", full_at_first)
     assert main(config(max_train_steps=4, save_every_n_steps=1, save_last_n_steps=1, save_state=True, **QUICK)) == 0
     said = capsys.readouterr().err
     assert "saving tiny-step00000001 failed: the disk of" in said and "Free some room there" in said

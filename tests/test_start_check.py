@@ -93,12 +93,9 @@ def test_the_planned_sizes_are_those_of_the_files(config, tmp_path, monkeypatch)
     plans = []
     plan_run = AnimaNetworkTrainer.plan_run
     monkeypatch.undo()
-    monkeypatch.setattr(
-        AnimaNetworkTrainer, "plan_run", lambda self: plans.append((self, plan_run(self))) or plans[-1][1]
-    )
+    monkeypatch.setattr(AnimaNetworkTrainer, "plan_run", lambda self: plans.append(plan_run(self)) or plans[-1])
     assert main(config(network_dim=64, max_train_steps=1, save_state=True, save_precision="bf16")) == 0
-    trainer, plan = plans[-1]
-    files = trainer.files_of(plan)
+    files = plans[-1].files
     assert (tmp_path / "output" / "tiny.safetensors").stat().st_size == pytest.approx(files.adapter_bytes, abs=40_000)
     state = sum(file.stat().st_size for file in (tmp_path / "output" / "tiny-state").iterdir())
     assert state == pytest.approx(files.state_bytes, abs=200_000)

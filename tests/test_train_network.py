@@ -13,10 +13,9 @@ from library.settings import Settings
 from library.settings.groups import run_groups
 from library.training.guard import Guard
 from library.training.optimizers import OptimizerSettings
-from library.training.run import RunState
 from library.training.states import Resumable
 from library.training.step_records import SampleLoss, StepRecord
-from train_network import NetworkTrainer, out_of_memory_message
+from train_network import NetworkTrainer
 
 
 def make_settings(**groups) -> Settings:
@@ -150,20 +149,3 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does():
 def test_gradients_are_clipped_over_the_whole_step():
     settings = make_settings(optimizer=OptimizerSettings(max_grad_norm=0.5))
     assert ToyTrainer(settings).moved(make_batch([30.0]), make_batch([10.0])) == pytest.approx(0.5)
-
-
-def test_out_of_memory_names_the_batch_and_three_remedies():
-    message = out_of_memory_message([make_batch([1.0, 2.0])])
-    assert "2 x 64x96 pixels" in message
-    for remedy in ("gradient_checkpointing", "batch_size", "resolution"):
-        assert remedy in message
-
-
-@pytest.mark.parametrize(("epoch_steps", "place"), [(3, (1, 0)), (4, (1, 0)), (5, (0, 4))])
-def test_a_resumed_epoch_that_has_become_shorter_is_over(epoch_steps, place, caplog):
-    trainer = ToyTrainer(make_settings())
-    trainer.state = RunState(step=4, epoch=0, step_in_epoch=4)
-    trainer.skip_finished_epoch(epoch_steps)
-    assert (trainer.state.epoch, trainer.state.step_in_epoch) == place
-    assert trainer.state.step == 4
-    assert ("going on with the next epoch" in caplog.text) == (place == (1, 0))

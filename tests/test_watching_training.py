@@ -67,7 +67,7 @@ def test_a_report_that_cannot_be_written_ends_no_run(config, tmp_path, monkeypat
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train_network.write_report", fail)
+    monkeypatch.setattr("library.training.report.write_report", fail)
     assert main(config(html_report=True, log_with="none")) == 0
     assert "warning: the report is left out: OSError: " in capsys.readouterr().err
     assert (tmp_path / "output" / "tiny.safetensors").is_file()

@@ -27,8 +27,8 @@ from anima_train_network import AnimaNetworkTrainer
 from library.console import progress_bar, show, show_error, show_log_messages
 from library.data.dataset import TrainingBatches
 from library.errors import UserError
+from library.planning.plan import RunPlan
 from library.settings import Settings, settings_and_problems
-from train_network import RunPlan
 
 # Captions encoded, and written, at once.
 _CAPTIONS = 512

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
 
 from library.console import readable_time
+from library.data.dataset import Batch, TrainingBatches
+from library.data.epochs import LargestBatch
+from library.data.latents import LatentCache
 from library.errors import SettingError, UserError, first_ten
 from library.training.machine import readable_size
 from library.training.run import RunSettings
+
+logger = logging.getLogger(__name__)
 
 # Beyond this share of a card's memory, sample pictures or another program may be what is too much.
 MOST_MEMORY = 0.95
@@ -93,6 +100,42 @@ def cost_of(step: Callable[[], object], device: torch.device) -> Cost | None:
     )
 
 
+def try_batches(
+    largest: Sequence[LargestBatch],
+    load: Callable[[LargestBatch], Batch],
+    step: Callable[[list[Batch], int], object],
+    clean_up: Callable[[], None],
+    accumulation: int,
+    device: torch.device,
+) -> list[Trial]:
+    """What optimizer steps of each bucket's largest batch take.
+
+    step: trains a window of batches with so many samples. clean_up: called after one that ran out of memory.
+    accumulation: batches of a step.
+    """
+    trials = []
+    for bucket in largest:
+        batch, samples = load(bucket), bucket.size * accumulation
+        cost = cost_of(partial(step, [batch] * accumulation, samples), device)
+        if cost is None:
+            clean_up()
+            free_unused_memory()
+        trials.append(Trial(bucket.bucket, bucket.size, bucket.uses / samples, cost))
+    return trials
+
+
+def load_largest(
+    largest: LargestBatch,
+    batch_sizes: Sequence[int],
+    seed: int,
+    latents: LatentCache | None,
+    announce: Callable[[list[str]], None] | None,
+) -> Batch:
+    """The bucket's largest batch. batch_sizes: one per dataset. latents, announce: as for `TrainingBatches`."""
+    steps = TrainingBatches(largest.pictures, batch_sizes, seed, latents=latents, announce=announce)
+    return next(step.batches[0] for step in steps.epoch(0) if step.sample_count == largest.size)
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
@@ -127,6 +170,12 @@ def trial_table(trials: Sequence[Trial], device: torch.device) -> str:
             line += f"  {readable_size(trial.cost.reserved):>10}" if device.type == "cuda" else ""
         lines.append(line)
     return "\n".join(lines)
+
+
+def tell_trials(trials: Sequence[Trial], plan: str, steps: int, steps_an_epoch: int, device: torch.device) -> None:
+    """Logs what the trials gave. plan: what else is known of the run. steps: those to do."""
+    table, time_needed = trial_table(trials, device), expected_time(trials, steps, steps_an_epoch)
+    logger.info("preflight:\n%s\n%s\n%s", table, plan, time_needed)
 
 
 def epoch_seconds(trials: Sequence[Trial]) -> float | None:
@@ -183,3 +232,13 @@ def _smaller_batch(trials: Sequence[Trial], tight: Sequence[Trial], limit: int |
     if fitting < 1:
         return []
     return [f"batch_size = {fitting} with gradient_accumulation_steps = {-(-largest * accumulation // fitting)}"]
+
+
+def out_of_memory_message(batches: list[Batch]) -> str:
+    """What was being trained when the GPU's memory ran out, and what would help."""
+    shapes = sorted({f"{len(batch.captions)} x {batch.bucket[0]}x{batch.bucket[1]}" for batch in batches})
+    return (
+        f"CUDA out of memory while training a batch of {' or '.join(shapes)} pixels. The adapter was saved as it was "
+        "before this step. What needs less memory: gradient_checkpointing = true, a smaller batch_size "
+        "(with gradient_accumulation_steps to make up for it), a smaller resolution."
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -18,6 +19,8 @@ from PIL import Image
 from library.files import write_atomically
 from library.plots import line_plot_svg
 from library.training.history import RUN_PARTS, TIMESTEP_PARTS, PictureLoss, RunHistory, Sums
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 # A picture shows the course of a curve; more points than it has pixels only make the page larger.
@@ -74,6 +77,26 @@ def write_report(
         ),
     )
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def try_report(
+    path: Path,
+    title: str,
+    outcome: str,
+    history: RunHistory,
+    settings: Mapping[str, Any],
+    inspect: Callable[[], tuple[str, Sequence[str], Mapping[str, float]]] | None,
+) -> None:
+    """`write_report`; where it fails, that is told, and nothing else comes of it.
+
+    inspect: gives what `AdapterHealth` holds; None where no adapter was saved at the end.
+    """
+    try:
+        health = None if inspect is None else AdapterHealth(*inspect())
+        write_report(path, title, outcome, history, settings, health)
+        logger.info("report: %s", path.resolve())
+    except Exception as error:
+        logger.warning("the report is left out: %s: %s", type(error).__name__, error)
 
 
 def _summary(outcome: str, history: RunHistory) -> str:

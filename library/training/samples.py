@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -27,6 +29,17 @@ class SamplePicture:
     picture: Image.Image
     seed: int
     parameters: str
+
+
+@contextmanager
+def telling_failures() -> Iterator[None]:
+    """Inside, sampling may fail: that is told, and the run goes on."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        logger.warning("sample pictures left out: out of GPU memory; give the prompts a lower --w and --h")
+    except Exception as error:  # a full disk, a prompt that does not fit: nothing that training needs
+        logger.warning("sample pictures left out: %s: %s", type(error).__name__, error)
 
 
 class SampleFiles:

@@ -78,6 +78,9 @@ class PlannedFiles:
         return self.adapters * self.adapter_bytes + self.states * self.state_bytes
 
 
+NO_FILES = PlannedFiles(0, 0, 0, 0)
+
+
 def planned_files(
     settings: SavingSettings, formats: int, parameters: int, total_steps: int, steps_per_epoch: int
 ) -> PlannedFiles:

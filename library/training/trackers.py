@@ -152,6 +152,7 @@ class Tracker:
         prefix = f"{output_name}_" if settings.log_prefix is None else settings.log_prefix
         name = f"{prefix}{datetime.now():%Y%m%d_%H%M%S_%f}"
         self.folder = folder = settings.logging_dir / name
+        logger.info("curves: %s", folder.resolve())
         self.add(lambda: ProgressFile(folder, total_steps))
         arguments = tracker_arguments(settings)
         config = config if settings.log_config else None

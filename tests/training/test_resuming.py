@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from library.training.checked_files import write_checked
-from library.training.resuming import find_state
+from library.training.resuming import find_state, skip_finished_epoch
 from library.training.run import LATEST, RunSettings, RunState
 from library.training.saving import SavingSettings
 from library.training.upload import HubSettings
@@ -48,3 +48,12 @@ def test_without_a_state_the_run_begins(saving):
     assert find_state(RunSettings(resume=LATEST), saving, HubSettings()) is None
     assert find_state(RunSettings(), saving, HubSettings()) is None
     assert find_state(RunSettings(resume=Path("x-state")), saving, HubSettings()) == Path("x-state")
+
+
+@pytest.mark.parametrize(("epoch_steps", "place"), [(3, (1, 0)), (4, (1, 0)), (5, (0, 4))])
+def test_a_resumed_epoch_that_has_become_shorter_is_over(epoch_steps, place, caplog):
+    state = RunState(step=4, epoch=0, step_in_epoch=4)
+    skip_finished_epoch(state, epoch_steps)
+    assert (state.epoch, state.step_in_epoch) == place
+    assert state.step == 4
+    assert ("going on with the next epoch" in caplog.text) == (place == (1, 0))

@@ -1,0 +1,70 @@
+"""A save: copied to main memory between two steps, and written while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from library.training.adapter_writing import write_adapter
+from library.training.ema import AdapterEma
+from library.training.host_copy import copy_to_host
+from library.training.optimizers import averaged_weights
+from library.training.saving import SAVE_DTYPES, SavingSettings
+from library.training.states import StateCopy, write_state
+
+# Tensors by module and by name within it.
+Adapters = Mapping[str, Mapping[str, Tensor]]
+# Of adapters, a file format and a number format: the tensors of the file by key.
+Export = Callable[[Adapters, str, torch.dtype], Mapping[str, Tensor]]
+
+
+class AdapterNetwork(Protocol):
+    """What a save needs of a network."""
+
+    def adapter_tensors(self) -> Adapters:
+        """Its tensors as they now are."""
+
+
+@dataclass(frozen=True)
+class Save:
+    """A save in main memory, which training no longer changes. adapters: by the names of their files."""
+
+    name: str
+    adapters: Mapping[str, Adapters]
+    metadata: Mapping[str, str] | None
+    state: StateCopy | None
+
+
+def copy_adapters(
+    name: str, network: AdapterNetwork, optimizer: torch.optim.Optimizer, ema: AdapterEma | None
+) -> dict[str, Adapters]:
+    """The adapter as it is used, and, where there is one, its average, by the names of their files."""
+    with averaged_weights(optimizer):
+        adapters = {name: copy_to_host(network.adapter_tensors())}
+    if ema is not None:
+        with ema.applied():
+            adapters[f"{name}-ema"] = copy_to_host(network.adapter_tensors())
+    return adapters
+
+
+def write_save(save: Save, settings: SavingSettings, formats: Sequence[str], export: Export) -> list[Path]:
+    """Writes each adapter in each format, and the state's folder; returns all of them.
+
+    The first format's file has the adapter's name, and those of others name the format. OSError where the disk does not
+    take them.
+    """
+    written, dtype = [], SAVE_DTYPES[settings.save_precision]
+    for stem, adapters in save.adapters.items():
+        for number, file_format in enumerate(formats):
+            path = settings.output_dir / (f"{stem}-{file_format}.safetensors" if number else f"{stem}.safetensors")
+            write_adapter(path, export(adapters, file_format, dtype), save.metadata)
+            written.append(path)
+    if save.state is not None:
+        written.append(settings.output_dir / f"{save.name}-state")
+        write_state(written[-1], save.state)
+    return written
