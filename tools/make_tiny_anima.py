@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import save_file
-from transformers import Qwen3Config, Qwen3Model
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3Model
 from transformers.utils import logging as transformers_logging
 
 from library.anima_runtime.vae import original_vae_names
@@ -149,8 +149,19 @@ def vae_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 
 def _write_qwen3(output_dir: Path, sizes: Sizes, seed: int) -> None:
     """Writes qwen3/ (Hugging Face layout with the tokenizer) and the same tensors as ComfyUI's single file."""
-    tokenizer = write_qwen_tokenizer(output_dir / "qwen3")
-    config = Qwen3Config(
+    config = qwen3_config(sizes, write_qwen_tokenizer(output_dir / "qwen3"))
+    with torch.device("meta"):
+        model = Qwen3Model(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    weights = random_weights(shapes, seed, "qwen3")
+    config.save_pretrained(output_dir / "qwen3")
+    _save(weights, output_dir / "qwen3" / "model.safetensors")
+    _save(weights, output_dir / "qwen3.safetensors", prefix="model.")
+
+
+def qwen3_config(sizes: Sizes, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """Qwen3 of the given sizes, with rows for at least the tokenizer's tokens."""
+    return Qwen3Config(
         vocab_size=max(rounded_vocabulary(len(tokenizer)), sizes.least_qwen_vocabulary),
         hidden_size=sizes.context,
         num_hidden_layers=sizes.qwen_depth,
@@ -164,13 +175,6 @@ def _write_qwen3(output_dir: Path, sizes: Sizes, seed: int) -> None:
         dtype=torch.bfloat16,
         architectures=["Qwen3Model"],
     )
-    with torch.device("meta"):
-        model = Qwen3Model(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    weights = random_weights(shapes, seed, "qwen3")
-    config.save_pretrained(output_dir / "qwen3")
-    _save(weights, output_dir / "qwen3" / "model.safetensors")
-    _save(weights, output_dir / "qwen3.safetensors", prefix="model.")
 
 
 def random_weights(shapes: Shapes, seed: int, model: str) -> dict[str, torch.Tensor]:

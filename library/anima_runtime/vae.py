@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLQwenImage
-from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
 from torch import nn
-from torch.nn.functional import conv2d
+from torch.nn.functional import conv2d, rms_norm
 
+from library.anima_runtime.devices import to_device
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import Rename, load_into, match_tensors, read_header
 from library.errors import ModelFileError
@@ -59,7 +60,7 @@ class AnimaVAE:
 
     def __init__(self, model: AutoencoderKLQwenImage) -> None:
         """Takes `model` over, and leaves it able to treat single frames only."""
-        _make_convolutions_flat(model)
+        _make_flat(model)
         self.model = model
         self.latent_channels: int = model.config.z_dim
         self.spatial_factor: int = 2 ** (len(model.config.dim_mult) - 1)
@@ -72,7 +73,7 @@ class AnimaVAE:
     @torch.no_grad()
     def encode(self, pixels_BCHW: torch.Tensor) -> torch.Tensor:
         """Pixels in [-1, 1] to latents_BCTHW on the VAE's device: (posterior mode - mean) / std, channel by channel."""
-        frames_BCTHW = pixels_BCHW[:, :, None].to(self.model.device, self.model.dtype)
+        frames_BCTHW = to_device(pixels_BCHW, self.model.device).to(self.model.dtype)[:, :, None]
         moments_BCTHW = self.model.quant_conv(self.model.encoder(frames_BCTHW))
         mode_BCTHW = moments_BCTHW[:, : self.latent_channels].float()  # the other half is the log variance
         mean, std = self._statistics()
@@ -96,7 +97,7 @@ class _FlatConv(nn.Module):
 
     def __init__(self, conv: QwenImageCausalConv3d) -> None:
         super().__init__()
-        self.weight = nn.Parameter(conv.weight[:, :, -1].clone(), requires_grad=False)
+        self.weight = nn.Parameter(_channels_last(conv.weight[:, :, -1]), requires_grad=False)
         self.bias = conv.bias
         self.stride = conv.stride[1:]
         # The causal layer moves its padding here, innermost side first.
@@ -106,12 +107,36 @@ class _FlatConv(nn.Module):
         return conv2d(x_BCTHW[:, :, 0], self.weight, self.bias, self.stride, self.padding)[:, :, None]
 
 
-def _make_convolutions_flat(model: AutoencoderKLQwenImage) -> None:
-    """A third of the arithmetic. `time_conv` never runs for one frame and stays as it is."""
+class _FlatNorm(nn.Module):
+    """x / sqrt(mean(x^2)) * gamma over the channels, which lie side by side in memory: in one pass over x.
+
+    diffusers' own makes seven, most of them in float32.
+    """
+
+    def __init__(self, norm: QwenImageRMS_norm) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(norm.gamma.flatten().clone(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, ...). The least norm is diffusers', 1e-12."""
+        return rms_norm(x.movedim(1, -1), self.gamma.shape, self.gamma, eps=1e-24).movedim(-1, 1)
+
+
+def _make_flat(model: AutoencoderKLQwenImage) -> None:
+    """A third of the arithmetic, and channels last. `time_conv` never runs for one frame and stays as it is."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, QwenImageCausalConv3d) and name != "time_conv":
                 setattr(parent, name, _FlatConv(child))
+            elif isinstance(child, QwenImageRMS_norm):
+                setattr(parent, name, _FlatNorm(child))
+            elif isinstance(child, nn.Conv2d):
+                child.weight.data = _channels_last(child.weight)
+
+
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
+    """A copy in the order that tensor cores take; a convolution's result has its weight's order."""
+    return weight.detach().clone(memory_format=torch.channels_last)
 
 
 def load_vae(path: Path, dtype: torch.dtype, device: torch.device | str) -> AnimaVAE:

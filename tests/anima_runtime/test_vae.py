@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 from safetensors.torch import save_file
 
-from library.anima_runtime.vae import check_vae_file, load_vae, original_vae_names
+from library.anima_runtime.vae import _FlatNorm, check_vae_file, load_vae, original_vae_names
 from library.errors import ModelFileError
 
 REAL = {}
@@ -125,6 +126,15 @@ def tiny_file(tmp_path_factory, tiny_vae):
     path = tmp_path_factory.mktemp("vae") / "vae.safetensors"
     save_file(original_tensors(tiny_vae), path)
     return path
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8, 0.0])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_norm_in_one_pass_is_diffusers(scale, dtype, bound):
+    norm = QwenImageRMS_norm(12, images=False).to(dtype)
+    torch.nn.init.normal_(norm.gamma)
+    x = scale * torch.randn(2, 12, 1, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    torch.testing.assert_close(_FlatNorm(norm)(x), norm(x), rtol=bound, atol=bound)
 
 
 def test_latents_of_a_picture(tiny_file, pixels):
