@@ -76,19 +76,21 @@ class AnimaVAE:
         frames_BCTHW = to_device(pixels_BCHW, self.model.device).to(self.model.dtype)[:, :, None]
         moments_BCTHW = self.model.quant_conv(self.model.encoder(frames_BCTHW))
         mode_BCTHW = moments_BCTHW[:, : self.latent_channels].float()  # the other half is the log variance
-        mean, std = self._statistics()
+        mean, std = self.statistics(self.model.device)
         return (mode_BCTHW - mean) / std
 
     @torch.no_grad()
     def decode(self, latents_BCTHW: torch.Tensor) -> torch.Tensor:
         """Latents of one frame to pixels_BCHW, float32 on the VAE's device, clamped to [-1, 1]."""
-        mean, std = self._statistics()
+        mean, std = self.statistics(self.model.device)
         mode_BCTHW = latents_BCTHW.to(self.model.device, torch.float32) * std + mean
         frames_BCTHW = self.model.decoder(self.model.post_quant_conv(mode_BCTHW.to(self.model.dtype)))
         return frames_BCTHW[:, :, 0].float().clamp(-1, 1)
 
-    def _statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        mean, std = torch.tensor((LATENT_MEAN, LATENT_STD), device=self.model.device)[:, :, None, None, None]
+    @staticmethod
+    def statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of each latent channel, both (C, 1, 1, 1)."""
+        mean, std = torch.tensor((LATENT_MEAN, LATENT_STD), device=device)[:, :, None, None, None]
         return mean, std
 
 
