@@ -19,7 +19,7 @@ def save_line_plot(path: Path, title: str, x_label: str, series: Mapping[str, Se
 
     Raises UserError when the file cannot be written, or its ending is no picture format.
     """
-    _save(_line_plot(title, x_label, series), path)
+    save_figure(_line_plot(title, x_label, series), path)
 
 
 def line_plot_svg(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
@@ -39,7 +39,7 @@ def save_histogram(path: Path, title: str, x_label: str, values: Sequence[float]
     figure, axes = _labelled_axes(title, x_label)
     axes.hist(values, bins=bins)
     axes.set_ylabel(f"of {len(values)}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _line_plot(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
@@ -60,7 +60,8 @@ def _labelled_axes(title: str, x_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as the kind of picture that the path ends with; UserError where that fails."""
     try:
         write_atomically(path, figure.savefig)
     except (OSError, ValueError) as error:
