@@ -57,6 +57,7 @@ from library.training.run import chooses_checkpointing
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
+from networks.fused_blocks import fuse_blocks, fuse_obstacle
 from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
@@ -97,6 +98,8 @@ class ContextInputs(NamedTuple):
 
 class AnimaNetworkTrainer(NetworkTrainer):
     """What is Anima's own in a training run."""
+
+    fuses = False
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
@@ -273,12 +276,22 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return errors.mean(dim=(1, 2, 3, 4)) * inputs.weights_B
 
     def compile_blocks(self, buckets: int) -> None:
-        self.transformer.lengths_vary = buckets > MOST_FIXED_SHAPES
-        compile_modules(self.transformer.blocks, self.transformer.lengths_vary)
+        if not self.fuses:
+            self.transformer.lengths_vary = buckets > MOST_FIXED_SHAPES
+            compile_modules(self.transformer.blocks, self.transformer.lengths_vary)
         # A frozen LLM adapter runs ahead of the steps, and as it is: compiled it would round otherwise, and a cache's
         # entries depend on that.
         if not self.has_frozen_context():
             compile_modules(self.transformer.llm_adapter.blocks, shapes_vary=False)
+
+    def fuse_obstacle(self) -> str | None:
+        if self.settings.memory.is_used:
+            return "fp8_base and blocks_to_swap change how weights lie in memory"
+        return fuse_obstacle(self.transformer, self.network)
+
+    def fuse_blocks(self) -> None:
+        fuse_blocks(self.transformer, self.network)
+        self.fuses = True
 
     def compile_obstacle(self) -> str | None:
         if self.settings.memory.blocks_to_swap:

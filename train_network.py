@@ -62,7 +62,7 @@ from library.training.saves import Save, copy_adapters, write_save
 from library.training.saving import epoch_name, is_due, save_epochs, step_name
 from library.training.schedules import ScheduleSettings, draw_schedule, make_schedule
 from library.training.snapshot import make_snapshot
-from library.training.speed import chooses_compiling, chooses_graphs, uncompiled
+from library.training.speed import chooses_compiling, chooses_fusing, chooses_graphs, uncompiled
 from library.training.states import Resumable, copy_state
 from library.training.step_records import StepRecords
 from library.training.trackers import Tracker
@@ -372,13 +372,24 @@ class NetworkTrainer(ABC):
             "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
             reads_each_step=settings.network.scale_weight_norms is not None,
         )  # fmt: skip
+        fuses = chooses_fusing(settings.speed, self.device, self.dtype, self.fuse_obstacle())
+        if fuses:
+            self.fuse_blocks()
         compiles = chooses_compiling(settings.speed, self.device, total_steps, self.compile_obstacle())
         if compiles:
             self.compile_blocks(buckets)
         if chooses_graphs(settings.speed, self.device, self.capture_obstacle()):
             self.captured = CapturedBackward(self.losses, self.network.parameters())
-        graphs = "off" if self.captured is None else "on"
-        logger.info("torch_compile %s, cuda_graphs %s", "on" if compiles else "off", graphs)
+        chosen = {"fused_blocks": fuses, "torch_compile": compiles, "cuda_graphs": self.captured is not None}
+        logger.info("%s", ", ".join(f"{name} {'on' if on else 'off'}" for name, on in chosen.items()))
+
+    @abstractmethod
+    def fuse_obstacle(self) -> str | None:
+        """Why the model's blocks cannot be computed by own kernels; None where nothing is known against it."""
+
+    @abstractmethod
+    def fuse_blocks(self) -> None:
+        """Has the blocks computed by own kernels."""
 
     def compile_obstacle(self) -> str | None:
         """Why the blocks cannot be compiled; None where nothing is known against it."""

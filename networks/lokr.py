@@ -124,9 +124,13 @@ class LoKr(Adapter):
         """[out_large, in_large], float32."""
         return self.lokr_w2 if self.lokr_w2 is not None else self.lokr_w2_a @ self.lokr_w2_b
 
+    def scaled_factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """w1, with the scale, and w2 in a dtype."""
+        return (self.w1 if self.scale == 1 else self.w1 * self.scale).to(dtype), self.w2.to(dtype)
+
     def add_delta(self, x: Tensor, base_output: Tensor) -> Tensor:
         dtype = base_output.dtype
-        w1, w2 = (self.w1 if self.scale == 1 else self.w1 * self.scale).to(dtype), self.w2.to(dtype)
+        w1, w2 = self.scaled_factors(dtype)
         if self.training and (self.dropouts.rank or self.dropouts.neuron):
             delta = KroneckerLinear.apply(x.to(dtype), torch.zeros_like(base_output), w1, w2)
             return base_output + drop_rows(delta, self.dropouts)
@@ -166,50 +170,73 @@ def _factor_sizes(tensors: dict[str, Tensor], name: str) -> tuple[tuple[int, int
 class KroneckerLinear(torch.autograd.Function):
     """base_output + x (w1 ⊗ w2)ᵀ for x [..., i1·i2], w1 [o1, i1], w2 [o2, i2], base_output [..., o1·o2].
 
-    The factor that leaves the smaller product goes first; that product is computed again for the backward pass, which
-    keeps only x and the factors. Products with w1 take several rows side by side, see `_grouped`.
-
-    bmm is called by name: matmul of a matrix with a batch copies the batch when that requires a gradient.
+    Keeps only x and the factors for the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base_output: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-        g1 = _grouped(w1, x.numel() // (w1.shape[1] * w2.shape[1]))
-        ctx.save_for_backward(x, w1, g1, w2)
-        x_NII = x.reshape(-1, g1.shape[1], w2.shape[1])
-        g1_NOI = g1.expand(len(x_NII), -1, -1)
-        if _w1_goes_first(w1, w2):
-            inner_NOI = torch.bmm(g1_NOI, x_NII)
-            output = torch.addmm(base_output.reshape(-1, w2.shape[0]), inner_NOI.flatten(0, 1), w2.t())
-        else:
-            base_NOO = base_output.reshape(-1, g1.shape[0], w2.shape[0])
-            output = torch.baddbmm(base_NOO, g1_NOI, F.linear(x_NII, w2))
-        return output.view_as(base_output)
+        ctx.save_for_backward(x, w1, w2)
+        return add_kronecker(base_output, x, w1, w2)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        x, w1, g1, w2 = ctx.saved_tensors
-        x_NII = x.reshape(-1, g1.shape[1], w2.shape[1])
-        grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
-        g1_NOI = g1.expand(len(x_NII), -1, -1)
-        grad_x = None
-        if _w1_goes_first(w1, w2):
-            grad_inner_NOI = F.linear(grad_NOO, w2.t())
-            if w2.shape[0] <= w2.shape[1]:
-                # Not from the forward pass' inner product: a compiler would keep that, 16 MiB for each of 280 Linears.
-                grad_w2 = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO).flatten(0, 1).t() @ x_NII.flatten(0, 1)
-            else:
-                grad_w2 = grad_NOO.flatten(0, 1).t() @ torch.bmm(g1_NOI, x_NII).flatten(0, 1)
-            grad_g1 = torch.bmm(grad_inner_NOI, x_NII.transpose(1, 2))
-            if ctx.needs_input_grad[0]:
-                grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
+        grad_x, grad_w1, grad_w2 = kronecker_gradients(grad_output, *ctx.saved_tensors, ctx.needs_input_grad[0])
+        return grad_x, grad_output, grad_w1, grad_w2
+
+
+def add_kronecker(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """base_output + x (w1 ⊗ w2)ᵀ; see `KroneckerLinear`. All of one dtype.
+
+    The factor that leaves the smaller product goes first. Products with w1 take several rows side by side, see
+    `_grouped`. bmm is called by name: matmul of a matrix with a batch copies the batch when that requires a gradient.
+    """
+    g1, x_NII = _side_by_side(x, w1, w2)
+    g1_NOI = g1.expand(len(x_NII), -1, -1)
+    if _w1_goes_first(w1, w2):
+        inner_NOI = torch.bmm(g1_NOI, x_NII)
+        output = torch.addmm(base_output.reshape(-1, w2.shape[0]), inner_NOI.flatten(0, 1), w2.t())
+    else:
+        base_NOO = base_output.reshape(-1, g1.shape[0], w2.shape[0])
+        output = torch.baddbmm(base_NOO, g1_NOI, F.linear(x_NII, w2))
+    return output.view_as(base_output)
+
+
+def kronecker_gradients(
+    grad_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, wants_x: bool, base_grad_x: Tensor | None = None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of `add_kronecker`'s x, w1 and w2; x's is added to base_grad_x, where that is given."""
+    g1, x_NII = _side_by_side(x, w1, w2)
+    grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
+    g1_NOI = g1.expand(len(x_NII), -1, -1)
+    grad_x = None
+    if _w1_goes_first(w1, w2):
+        grad_inner_NOI = F.linear(grad_NOO, w2.t())
+        if w2.shape[0] <= w2.shape[1]:
+            # Not from the forward pass' inner product: a compiler would keep that, 16 MiB for each of 280 Linears.
+            grad_w2 = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO).flatten(0, 1).t() @ x_NII.flatten(0, 1)
         else:
-            grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
-            grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
-            grad_g1 = torch.bmm(grad_NOO, F.linear(x_NII, w2).transpose(1, 2))
-            if ctx.needs_input_grad[0]:
-                grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
-        return grad_x, grad_output, _ungrouped(grad_g1.sum(0), w1), grad_w2
+            grad_w2 = grad_NOO.flatten(0, 1).t() @ torch.bmm(g1_NOI, x_NII).flatten(0, 1)
+        grad_g1 = torch.bmm(grad_inner_NOI, x_NII.transpose(1, 2))
+        if wants_x and base_grad_x is None:
+            grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
+        elif wants_x:
+            grad_x = torch.baddbmm(base_grad_x.view_as(x_NII), g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
+    else:
+        grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
+        grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
+        grad_g1 = torch.bmm(grad_NOO, F.linear(x_NII, w2).transpose(1, 2))
+        if wants_x and base_grad_x is None:
+            grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
+        elif wants_x:
+            base = base_grad_x.view(-1, w2.shape[1])
+            grad_x = torch.addmm(base, grad_inner_NIO.flatten(0, 1), w2).view_as(x)
+    return grad_x, _ungrouped(grad_g1.sum(0), w1), grad_w2
+
+
+def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+    """w1 for several rows side by side, and x as matrices of as many rows."""
+    g1 = _grouped(w1, x.numel() // (w1.shape[1] * w2.shape[1]))
+    return g1, x.reshape(-1, g1.shape[1], w2.shape[1])
 
 
 def _w1_goes_first(w1: Tensor, w2: Tensor) -> bool:

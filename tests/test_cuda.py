@@ -116,8 +116,14 @@ def gradients_of_steps(config, speed, network, checkpointing=False, steps=3):
 @pytest.mark.parametrize("network", [LORA, LOKR], ids=["lora", "lokr"])
 @pytest.mark.parametrize(
     ("speed", "checkpointing"),
-    [(COMPILED, False), (SpeedSettings(False, True), False), (SpeedSettings(True, True), True)],
-    ids=["compiled", "recorded", "both, checkpointing"],
+    [
+        (COMPILED, False),
+        (SpeedSettings(False, True, False), False),
+        (SpeedSettings(True, True, False), True),
+        (SpeedSettings(False, False, True), False),
+        (SpeedSettings(True, True, True), True),
+    ],
+    ids=["compiled", "recorded", "both, checkpointing", "fused", "all, checkpointing"],
 )
 def test_fast_steps_give_the_plain_steps_gradients(real_width_config, network, speed, checkpointing):
     """bf16 rounds at other places when compiled: 2 % of a tensor's norm, where a wrong kernel is off by far more."""

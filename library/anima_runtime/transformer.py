@@ -7,6 +7,8 @@ No autocast is needed, and none should be active.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -18,6 +20,9 @@ from library.anima_runtime.attention_backends import AttentionFunction
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.embeddings import PatchEmbedding, TimeMLP, TimeSinusoid, grid_rotary_tables
 from library.anima_runtime.llm_adapter import LLMAdapter
+
+# (x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary) -> x_BLD, as Block.forward takes and gives them.
+BlocksFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, RotaryTables], torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -153,12 +158,14 @@ class AnimaTransformer(nn.Module):
     """Predicts the velocity of a noisy latent. Build it under torch.device("meta") to load a checkpoint into it.
 
     lengths_vary: whether blocks that are compiled get one form for all numbers of tokens, rather than one for each.
+    run_blocks: how the blocks are computed: each by its own forward, unless something faster takes its place.
     """
 
     def __init__(self, config: AnimaConfig) -> None:
         super().__init__()
         self.config = config
         self.lengths_vary = False
+        self.run_blocks: BlocksFunction = self._run_blocks_in_turn
         self.x_embedder = PatchEmbedding(config.latent_channels, config.patch_size, config.width)
         self.t_embedder = nn.Sequential(TimeSinusoid(config.width), TimeMLP(config.width))
         self.t_embedding_norm = RMSNorm(config.width)
@@ -206,10 +213,21 @@ class AnimaTransformer(nn.Module):
             torch._dynamo.maybe_mark_dynamic(x_BLD, 1)
             for table_LK in rotary:
                 torch._dynamo.maybe_mark_dynamic(table_LK, 0)
-        for block in self.blocks:
-            x_BLD = block(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
+        x_BLD = self.run_blocks(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
         features_BLF = self.final_layer(x_BLD, time_BD, shared_modulation_BK)
         return self._unpatchify(features_BLF.float(), latents_BCTHW.shape)
+
+    def _run_blocks_in_turn(
+        self,
+        x_BLD: torch.Tensor,
+        time_BD: torch.Tensor,
+        shared_modulation_BK: torch.Tensor,
+        context_BSD: torch.Tensor,
+        rotary: RotaryTables,
+    ) -> torch.Tensor:
+        for block in self.blocks:
+            x_BLD = block(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
+        return x_BLD
 
     def encode_context(
         self,

@@ -1,0 +1,192 @@
+"""What a transformer block computes between its matrix products, forward and backward, each as one pass over memory.
+
+Written out in plain PyTorch, which runs anywhere and says what is meant; on CUDA `block_kernels` computes the same.
+Rows N are the tokens of all samples, one after another. Statistics and sums are float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from library.anima_runtime.attention import RotaryTables
+
+_EPS = 1e-6
+
+
+class Sum(NamedTuple):
+    """base [N, K] + hidden [N, R] @ weight [R, K], added where it is used: the sum itself is never in memory.
+
+    hidden and weight are None where there is nothing to add. Rows may be any distance apart.
+    """
+
+    base_NK: Tensor
+    hidden_NR: Tensor | None = None
+    weight_RK: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum, [N, K], in float32 or float64."""
+        base = _wide(self.base_NK)
+        if self.hidden_NR is None:
+            return base
+        return base + self.hidden_NR.to(base.dtype) @ self.weight_RK.to(base.dtype)
+
+
+class Normed(NamedTuple):
+    """A LayerNorm's result: normed [B, L, D], and each row's mean and 1 / standard deviation, [N]."""
+
+    normed_BLD: Tensor
+    mean_N: Tensor
+    rstd_N: Tensor
+
+
+class Gated(NamedTuple):
+    """A branch's output and the gate [B, D] it passes through."""
+
+    branch: Sum
+    gate_BD: Tensor
+
+
+class Modulation(NamedTuple):
+    """What a LayerNorm's result is changed by: result * (1 + scale) + shift, each [B, D]."""
+
+    shift_BD: Tensor
+    scale_BD: Tensor
+
+
+def gated_norm(x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None) -> tuple[Tensor, Normed | None]:
+    """x + gate * branch, and its modulated LayerNorm; either may be left out."""
+    if x_BLD.is_cuda:
+        return _kernels().gated_norm(x_BLD, gated, modulation)
+    if gated is not None:
+        branch_BLD = gated.branch.total().view_as(x_BLD)
+        x_BLD = (_wide(x_BLD) + _wide(gated.gate_BD)[:, None] * branch_BLD).to(x_BLD.dtype)
+    if modulation is None:
+        return x_BLD, None
+    wide = _wide(x_BLD)
+    mean = wide.mean(-1, keepdim=True)
+    rstd = (wide.var(-1, unbiased=False, keepdim=True) + _EPS).rsqrt()
+    scale, shift = _wide(modulation.scale_BD)[:, None], _wide(modulation.shift_BD)[:, None]
+    normed_BLD = ((wide - mean) * rstd * (1 + scale) + shift).to(x_BLD.dtype)
+    return x_BLD, Normed(normed_BLD, mean.flatten(), rstd.flatten())
+
+
+def gated_norm_backward(
+    dx_BLD: Tensor,
+    dnormed: Sum | None,
+    x_BLD: Tensor,
+    normed: Normed | None,
+    modulation: Modulation | None,
+    gated: Gated | None,
+    wants_modulation: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of what went into `gated_norm`, which returned x and normed.
+
+    dx, dnormed: of its results. Returns those of the x that went in [B, L, D], of the branch [N, D], and, if wanted,
+    of shift, scale and gate [B, 3, D], zero for what was left out.
+    """
+    if dx_BLD.is_cuda:
+        return _kernels().gated_norm_backward(dx_BLD, dnormed, x_BLD, normed, modulation, gated, wants_modulation)
+    wide = _wide(dx_BLD)
+    dmodulation = wide.new_zeros(len(wide), 3, wide.shape[-1]) if wants_modulation else None
+    if dnormed is not None:
+        unit = (_wide(x_BLD) - normed.mean_N.view(*wide.shape[:2], 1)) * normed.rstd_N.view(*wide.shape[:2], 1)
+        d = dnormed.total().view_as(wide)
+        if wants_modulation:
+            dmodulation[:, 0], dmodulation[:, 1] = d.sum(1), (d * unit).sum(1)
+        d = d * (1 + _wide(modulation.scale_BD)[:, None])
+        across, along = d.mean(-1, keepdim=True), (d * unit).mean(-1, keepdim=True)
+        wide = wide + normed.rstd_N.view(*wide.shape[:2], 1) * (d - across - unit * along)
+    dbranch = None
+    if gated is not None:
+        if wants_modulation:
+            dmodulation[:, 2] = (wide * gated.branch.total().view_as(wide)).sum(1)
+        dbranch = (wide * _wide(gated.gate_BD)[:, None]).flatten(0, 1).to(dx_BLD.dtype)
+    return wide.to(dx_BLD.dtype), dbranch, dmodulation
+
+
+def head_norm(x: Sum, weight_D: Tensor | None, rotary: RotaryTables | None, length: int, head_size: int) -> Tensor:
+    """RMSNorm of each head and its rotation, either of which may be left out: [N, heads * D].
+
+    weight: float32. rotary: of `length` positions, which the rows pass through again and again.
+    """
+    if x.base_NK.is_cuda:
+        return _kernels().head_norm(x, weight_D, rotary, length, head_size)
+    heads = x.total().unflatten(-1, (-1, head_size))
+    if weight_D is not None:
+        heads = F.rms_norm(heads, (head_size,), weight_D.to(heads.dtype), _EPS)
+    if rotary is not None:
+        heads = _turn(heads, rotary, length, forwards=True)
+    return heads.flatten(1).to(x.base_NK.dtype)
+
+
+def head_norm_backward(
+    dout_NE: Tensor,
+    x: Sum,
+    weight_D: Tensor,
+    rotary: RotaryTables | None,
+    length: int,
+    head_size: int,
+    dx_NE: Tensor,
+    wants_weight: bool,
+) -> Tensor | None:
+    """Writes the gradient of `head_norm`'s x to dx; returns that of its weight [D], if wanted."""
+    if dout_NE.is_cuda:
+        return _kernels().head_norm_backward(dout_NE, x, weight_D, rotary, length, head_size, dx_NE, wants_weight)
+    heads = x.total().unflatten(-1, (-1, head_size))
+    rstd = (heads.square().mean(-1, keepdim=True) + _EPS).rsqrt()
+    unit = heads * rstd
+    d = _wide(dout_NE).unflatten(-1, (-1, head_size))
+    if rotary is not None:
+        d = _turn(d, rotary, length, forwards=False)
+    dweight = (d * unit).sum((0, 1)) if wants_weight else None
+    d = d * weight_D.to(d.dtype)
+    dx_NE.copy_((rstd * (d - unit * (d * unit).mean(-1, keepdim=True))).flatten(1))
+    return dweight
+
+
+def gelu(x: Sum) -> Tensor:
+    """Exact GELU: [N, K]."""
+    if x.base_NK.is_cuda:
+        return _kernels().activate(x, has_gelu=True)
+    return F.gelu(x.total()).to(x.base_NK.dtype)
+
+
+def gelu_backward(dout: Sum, x: Sum) -> Tensor:
+    """The gradient of `gelu`'s x: [N, K]."""
+    if x.base_NK.is_cuda:
+        return _kernels().gelu_backward(dout, x)
+    u = x.total()
+    slope = 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
+    return (dout.total() * slope).to(x.base_NK.dtype)
+
+
+def added(x: Sum) -> Tensor:
+    """The sum in memory, for what cannot add late: [N, K]."""
+    if x.base_NK.is_cuda:
+        return _kernels().activate(x, has_gelu=False)
+    return x.total().to(x.base_NK.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _turn(heads_NHD: Tensor, rotary: RotaryTables, length: int, forwards: bool) -> Tensor:
+    """Rotates dimension k with k + D/2, or back."""
+    cos, sin = (table.to(heads_NHD.dtype).repeat(len(heads_NHD) // length, 1)[:, None] for table in rotary)
+    sin = sin if forwards else -sin
+    first, second = heads_NHD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _kernels() -> ModuleType:
+    """Triton is there on CUDA only, and takes a while to import."""
+    from library.anima_runtime import block_kernels
+
+    return block_kernels

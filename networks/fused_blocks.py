@@ -1,0 +1,362 @@
+"""The transformer's blocks with their adapters, written out forward and backward: few passes over memory, no compiler.
+
+Computes what `AnimaTransformer`'s blocks and the hooks of LoRA and NormDelta compute, from the same weights. Products
+go through `joint_linear`, what lies between them through `block_ops`, attention through the model's own function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from library.anima_runtime.attention import RMSNorm, RotaryTables
+from library.anima_runtime.attention_backends import AttentionFunction
+from library.anima_runtime.block_ops import (
+    Gated,
+    Modulation,
+    Normed,
+    Sum,
+    added,
+    gated_norm,
+    gated_norm_backward,
+    gelu,
+    gelu_backward,
+    head_norm,
+    head_norm_backward,
+)
+from library.anima_runtime.transformer import AnimaTransformer, Block
+from networks.adapter import NO_DROPOUT, Adapter
+from networks.joint_linear import JointLinear
+from networks.joint_lokr import JointLoKr
+from networks.lokr import LoKr
+from networks.lora import LoRA
+from networks.network import AdapterNetwork
+from networks.norm import NormDelta
+
+
+class FusedNorm:
+    """A q or k norm with what an adapter adds to its weight."""
+
+    def __init__(self, norm: RMSNorm, adapter: NormDelta | None) -> None:
+        self.base = norm.weight
+        self.adapter = adapter
+
+    def weight(self) -> Tensor:
+        """As it now is: [D], in float32 at least."""
+        base = self.base if self.base.dtype == torch.float64 else self.base.float()
+        return base if self.adapter is None else base + self.adapter.w_norm.to(base.dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [] if self.adapter is None else [self.adapter.w_norm]
+
+
+class Attended(NamedTuple):
+    """What attention's backward pass needs: its inputs as leaves, (B, L, heads, D), and its result, (B, L, E)."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    output: Tensor
+
+
+class _Activations(NamedTuple):
+    """What a block's forward pass leaves for the backward pass."""
+
+    x_first: Tensor
+    first: Normed
+    qkv: list[Sum]
+    self_attended: Attended
+    self_output: list[Sum]
+    x_second: Tensor
+    second: Normed
+    q: list[Sum]
+    kv: list[Sum]
+    cross_attended: Attended
+    cross_output: list[Sum]
+    x_third: Tensor
+    third: Normed
+    wide: list[Sum]
+    activated: Tensor
+    narrow: list[Sum]
+
+
+class FusedBlock:
+    """One block. adapters: by the path of the module in the block, those it has."""
+
+    def __init__(self, block: Block, adapters: Mapping[str, Adapter]) -> None:
+        def joint(*paths: str) -> JointLinear | JointLoKr:
+            own = [adapters.get(path) for path in paths]
+            kind = JointLoKr if any(isinstance(adapter, LoKr) for adapter in own) else JointLinear
+            return kind([block.get_submodule(path) for path in paths], own)
+
+        def norm(path: str) -> FusedNorm:
+            return FusedNorm(block.get_submodule(path), adapters.get(path))
+
+        self.block = block
+        self.head_size = block.self_attn.head_size
+        self.qkv = joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.self_output = joint("self_attn.output_proj")
+        self.q = joint("cross_attn.q_proj")
+        self.kv = joint("cross_attn.k_proj", "cross_attn.v_proj")
+        self.cross_output = joint("cross_attn.output_proj")
+        self.wide = joint("mlp.layer1")
+        self.narrow = joint("mlp.layer2")
+        self.norms = [norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
+        self.joints = (self.qkv, self.self_output, self.q, self.kv, self.cross_output, self.wide, self.narrow)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All adapters', in the order of `backward`'s gradients."""
+        return [parameter for part in (*self.joints, *self.norms) for parameter in part.parameters()]
+
+    def forward(
+        self, x_BLD: Tensor, modulations: Sequence[Tensor], context_BSD: Tensor, rotary: RotaryTables
+    ) -> tuple[Tensor, _Activations]:
+        """modulations: shift, scale and gate (B, 3 D) of each branch."""
+        for joint in self.joints:
+            joint.take_over()
+        self_attn, cross_attn = self.block.self_attn, self.block.cross_attn
+        samples = len(x_BLD)
+        (shift_scale_1, gate_1), (shift_scale_2, gate_2), (shift_scale_3, gate_3) = map(_parts, modulations)
+        x_first = x_BLD
+        _, first = gated_norm(x_first, None, shift_scale_1)
+        qkv = self.qkv.forward(_rows(first.normed_BLD))
+        q, k = (self._heads(x, norm, rotary, samples) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
+        v = self._heads(qkv[2], None, None, samples)
+        self_attended = _attend(self_attn.attend, q, k, v)
+        self_output = self.self_output.forward(_rows(self_attended.output.detach()))
+        x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2)
+        q_cross = self.q.forward(_rows(second.normed_BLD))
+        kv = self.kv.forward(_rows(context_BSD))
+        q = self._heads(q_cross[0], self.norms[2], None, samples)
+        k, v = (self._heads(x, norm, None, samples) for x, norm in zip(kv, (self.norms[3], None), strict=True))
+        cross_attended = _attend(cross_attn.attend, q, k, v)
+        cross_output = self.cross_output.forward(_rows(cross_attended.output.detach()))
+        x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3)
+        wide = self.wide.forward(_rows(third.normed_BLD))
+        activated = gelu(wide[0])
+        narrow = self.narrow.forward(activated)
+        x_out, _ = gated_norm(x_third, Gated(narrow[0], gate_3), None)
+        return x_out, _Activations(
+            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, kv, cross_attended,
+            cross_output, x_third, third, wide, activated, narrow,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        dx_BLD: Tensor,
+        saved: _Activations,
+        modulations: Sequence[Tensor],
+        context_BSD: Tensor,
+        rotary: RotaryTables,
+        wants_x: bool,
+        wants_modulations: bool,
+        wants_context: bool,
+    ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None, list[Tensor]]:
+        """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
+        (shift_scale_1, gate_1), (shift_scale_2, gate_2), (shift_scale_3, gate_3) = map(_parts, modulations)
+        found: dict[int, list[Tensor]] = {}
+        samples = len(dx_BLD)
+
+        _, dbranch, dgate_3 = gated_norm_backward(
+            dx_BLD, None, saved.x_third, None, None, Gated(saved.narrow[0], gate_3), wants_modulations
+        )
+        dactivated, found[6] = self.narrow.backward([dbranch], saved.activated, saved.narrow, True)
+        dwide = gelu_backward(dactivated, saved.wide[0])
+        normed = _rows(saved.third.normed_BLD)
+        dnormed, found[5] = self.wide.backward([dwide], normed, saved.wide, True)
+        dx_BLD, dbranch, dthird = gated_norm_backward(
+            dx_BLD, dnormed, saved.x_third, saved.third, shift_scale_3, Gated(saved.cross_output[0], gate_2),
+            wants_modulations,
+        )  # fmt: skip
+        del dactivated, dwide, dnormed, normed
+
+        attended = saved.cross_attended
+        dattended, found[4] = self.cross_output.backward(
+            [dbranch], _rows(attended.output.detach()), saved.cross_output, True
+        )
+        dq, dk, dv = _attend_backward(attended, dattended)
+        gradients = self.q.empty_gradients(len(dq))
+        dnorm_q = self._heads_backward(dq, saved.q[0], self.norms[2], None, gradients[0], samples)
+        dnormed, found[2] = self.q.backward(gradients, _rows(saved.second.normed_BLD), saved.q, True)
+        gradients = self.kv.empty_gradients(len(dk))
+        dnorm_k = self._heads_backward(dk, saved.kv[0], self.norms[3], None, gradients[0], samples)
+        gradients[1].copy_(dv)
+        dcontext, found[3] = self.kv.backward(gradients, _rows(context_BSD), saved.kv, wants_context)
+        dcontext_BSD = None if dcontext is None else added(dcontext).view_as(context_BSD)
+        found[9], found[10] = dnorm_q, dnorm_k
+        dx_BLD, dbranch, dsecond = gated_norm_backward(
+            dx_BLD, dnormed, saved.x_second, saved.second, shift_scale_2, Gated(saved.self_output[0], gate_1),
+            wants_modulations,
+        )  # fmt: skip
+        del attended, dattended, dq, dk, dv, gradients, dnormed
+
+        attended = saved.self_attended
+        dattended, found[1] = self.self_output.backward(
+            [dbranch], _rows(attended.output.detach()), saved.self_output, True
+        )
+        dq, dk, dv = _attend_backward(attended, dattended)
+        gradients = self.qkv.empty_gradients(len(dq))
+        found[7] = self._heads_backward(dq, saved.qkv[0], self.norms[0], rotary, gradients[0], samples)
+        found[8] = self._heads_backward(dk, saved.qkv[1], self.norms[1], rotary, gradients[1], samples)
+        gradients[2].copy_(dv)
+        wants_normed = wants_x or wants_modulations
+        dnormed, found[0] = self.qkv.backward(gradients, _rows(saved.first.normed_BLD), saved.qkv, wants_normed)
+        dfirst = None
+        if wants_normed:
+            dx_BLD, _, dfirst = gated_norm_backward(
+                dx_BLD, dnormed, saved.x_first, saved.first, shift_scale_1, None, wants_modulations
+            )
+        dmodulations: list[Tensor | None] = [None] * 3
+        if wants_modulations:
+            pairs = ((dfirst, dsecond), (dsecond, dthird), (dthird, dgate_3))
+            dmodulations = [
+                torch.cat([own[:, :2], following[:, 2:]], dim=1).flatten(1).to(modulation.dtype)
+                for (own, following), modulation in zip(pairs, modulations, strict=True)
+            ]
+        return dx_BLD if wants_x else None, dmodulations, dcontext_BSD, [g for part in range(11) for g in found[part]]
+
+    def _heads(self, x: Sum, norm: FusedNorm | None, rotary: RotaryTables | None, samples: int) -> Tensor:
+        """(B, L, heads, D)"""
+        length = len(x.base_NK) // samples
+        out = head_norm(x, None if norm is None else norm.weight(), rotary, length, self.head_size)
+        return out.view(samples, length, -1, self.head_size)
+
+    def _heads_backward(
+        self, dout: Tensor, x: Sum, norm: FusedNorm, rotary: RotaryTables | None, dx: Tensor, samples: int
+    ) -> list[Tensor]:
+        """Writes the gradient of x to dx; returns that of the norm's parameter, if it has one."""
+        length = len(x.base_NK) // samples
+        dweight = head_norm_backward(
+            dout, x, norm.weight(), rotary, length, self.head_size, dx, norm.adapter is not None
+        )
+        return [] if norm.adapter is None else [dweight]
+
+
+class _RunBlock(torch.autograd.Function):
+    """A block as one step of autograd. Its parameters are inputs so that they get gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BLD: Tensor, context_BSD: Tensor, first: Tensor, second: Tensor, third: Tensor,
+        rotary: RotaryTables, fused: FusedBlock, *_: nn.Parameter,
+    ) -> Tensor:  # fmt: skip
+        inputs = x_BLD, (first, second, third), context_BSD, rotary
+        out, activations = fused.forward(*inputs)
+        ctx.fused, ctx.inputs = fused, inputs
+        ctx.activations = None if fused.block.recomputes else activations
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dx_BLD: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_context, wants_modulations = ctx.needs_input_grad[:3]
+        saved = ctx.activations
+        if saved is None:
+            _, saved = ctx.fused.forward(*ctx.inputs)
+        ctx.activations = None
+        dx, dmodulations, dcontext, found = ctx.fused.backward(
+            dx_BLD.contiguous(), saved, *ctx.inputs[1:], wants_x, wants_modulations, wants_context
+        )
+        return dx, dcontext, *dmodulations, None, None, *found
+
+
+class FusedBlocks:
+    """All blocks of a transformer with a network's adapters; see `fuse_blocks`."""
+
+    def __init__(self, transformer: AnimaTransformer, network: AdapterNetwork) -> None:
+        self._network, adapters = network, network.adapters
+        self._plainly = transformer.run_blocks
+        self._blocks = []
+        for number, block in enumerate(transformer.blocks):
+            prefix = f"blocks.{number}."
+            own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
+            self._blocks.append(FusedBlock(block, own))
+        self._joins_modulations = not any(".adaln_modulation_" in path for path in adapters)
+        if self._joins_modulations:
+            self._down, self._up = _join_modulations(transformer.blocks)
+
+    def __call__(
+        self,
+        x_BLD: Tensor,
+        time_BD: Tensor,
+        shared_modulation_BK: Tensor,
+        context_BSD: Tensor,
+        rotary: RotaryTables,
+    ) -> Tensor:
+        """See `Block.forward`."""
+        if self._network.multiplier != 1:
+            return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
+        modulations = self._modulations(time_BD, shared_modulation_BK)
+        for number, fused in enumerate(self._blocks):
+            own = modulations[3 * number : 3 * number + 3]
+            x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, fused, *fused.parameters())
+        return x_BLD
+
+    def _modulations(self, time_BD: Tensor, shared_BK: Tensor) -> Sequence[Tensor]:
+        """Those of all branches, block after block."""
+        if not self._joins_modulations:
+            modules = [module for fused in self._blocks for module in _modulation_modules(fused.block)]
+            return [module(time_BD) + shared_BK for module in modules]
+        ranks_MBR = F.linear(F.silu(time_BD), self._down).unflatten(1, (len(self._up), -1)).transpose(0, 1)
+        return (torch.bmm(ranks_MBR, self._up.transpose(1, 2)) + shared_BK).unbind()
+
+
+def fuse_blocks(transformer: AnimaTransformer, network: AdapterNetwork) -> None:
+    """Has the transformer's blocks computed by `FusedBlocks`; `fuse_obstacle` must have found nothing."""
+    transformer.run_blocks = FusedBlocks(transformer, network)
+
+
+def fuse_obstacle(transformer: AnimaTransformer, network: nn.Module) -> str | None:
+    """Why the blocks cannot be computed so; None where they can."""
+    if not isinstance(network, AdapterNetwork):
+        return "the network is another package's"
+    config = transformer.config
+    if config.width % 256 or config.mlp_width % 128 or config.head_size not in (32, 64, 128, 256):
+        return "the model's widths do not fit the kernels"
+    for path, adapter in network.adapters.items():
+        if path.startswith("blocks.") and ".adaln_modulation_" not in path:
+            if not isinstance(adapter, LoRA | LoKr | NormDelta):
+                return f"{path} has a {type(adapter).__name__}"
+            if adapter.dropouts != NO_DROPOUT or adapter.dora_scale is not None:
+                return "dropout and DoRA are not among what it computes"
+    return None
+
+
+def _join_modulations(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    """The weights of all modulations in two tensors, [M * rank, D] and [M, 3 D, rank], of which they become views."""
+    pairs = [(module[1], module[2]) for block in blocks for module in _modulation_modules(block)]
+    downs, ups = (list(linears) for linears in zip(*pairs, strict=True))
+    down = torch.cat([linear.weight.detach() for linear in downs])
+    up = torch.stack([linear.weight.detach() for linear in ups])
+    for linear, place in zip(downs, down.chunk(len(downs)), strict=True):
+        linear.weight.data = place
+    for linear, place in zip(ups, up, strict=True):
+        linear.weight.data = place
+    return down, up
+
+
+def _modulation_modules(block: Block) -> tuple[nn.Sequential, nn.Sequential, nn.Sequential]:
+    return block.adaln_modulation_self_attn, block.adaln_modulation_cross_attn, block.adaln_modulation_mlp
+
+
+def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:
+    shift, scale, gate = modulation_BK.chunk(3, dim=1)
+    return Modulation(shift, scale), gate
+
+
+def _rows(x_BLD: Tensor) -> Tensor:
+    return x_BLD.flatten(0, 1)
+
+
+def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    """Runs the model's attention with a graph of its own, for `_attend_backward`."""
+    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        return Attended(inputs, function(*inputs))
+
+
+def _attend_backward(attended: Attended, dout: Sum) -> list[Tensor]:
+    """Gradients of q, k and v, [N, heads * D] each."""
+    gradients = torch.autograd.grad(attended.output, attended.inputs, added(dout).view_as(attended.output))
+    return [gradient.flatten(2).flatten(0, 1) for gradient in gradients]
