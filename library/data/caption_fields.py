@@ -54,14 +54,18 @@ def fields_from_metadata(entry: PictureMetadata, subset: SubsetSettings) -> Capt
 def read_caption(file: Path) -> str | None:
     """The file's lines that hold text, stripped; None where there is no file.
 
-    DataError: it is not UTF-8 (a byte-order mark is fine).
+    DataError: it cannot be read, or is not UTF-8 (a byte-order mark is fine).
     """
-    if not file.is_file():
-        return None
     try:
-        return _lines(file.read_text(encoding="utf-8-sig"))
+        with file.open("rb", buffering=0) as opened:
+            text = opened.readall().decode("utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise DataError(f"caption file {file} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"caption file {file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    return _lines(text)
 
 
 def _split(text: str, mark: str, place: str) -> CaptionFields:

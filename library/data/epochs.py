@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from library.data.pictures import Picture
+from library.garbage import uncollected
 from library.randomness import python_random
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One use of a picture: its place in the list of pictures, and which of its repeats (from 0)."""
 
     picture: int
@@ -59,6 +60,7 @@ class LargestBatch:
         return self.size * self.bucket[0] * self.bucket[1]
 
 
+@uncollected()
 def plan_epoch(
     pictures: Sequence[Picture], batch_sizes: Sequence[int], seed: int, epoch: int, accumulation: int, world_size: int
 ) -> list[StepPlan]:

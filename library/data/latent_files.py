@@ -9,16 +9,19 @@ from pathlib import Path
 
 import torch
 
+from library.data.folders import folder_of
 from library.data.picture_hashes import hash_pictures
 from library.data.picture_index import PictureIndex, cache_folder
 from library.data.pictures import Picture
 from library.data.team import Team
+from library.garbage import uncollected
 from library.tensor_cache import TensorCache, cache_key
 
 # To be raised when pixels are made in another way, or latents kept in another form.
 _VERSION = "latents 1"
-# Files that a thread looks into at a time; handing over each alone takes as long as looking.
-_OPENED = 256
+# Files that a thread looks into at a time; handing over each alone takes as long as looking. Two threads wait for a
+# slow disk in turn; of more, on a fast one, each waits for Python's lock, which takes up to four times the work.
+_OPENED, _OPENERS = 256, 2
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class LatentFiles:
     encoder: str
     cache_dir: Path | None = None
 
+    @uncollected()
     def locate(
         self, views: Sequence[View], trust_times: bool, team: Team, show_progress: bool = True
     ) -> list[LatentFile]:
@@ -70,11 +74,11 @@ class LatentFiles:
         trust_times: see `PictureIndex`. Errors: see `hash_pictures`.
         """
         paths = list(dict.fromkeys(view.picture.path for view in views))
-        parents = {path.parent for path in paths}
-        caches = {parent: TensorCache(cache_folder(parent, self.cache_dir) / "latents") for parent in parents}
+        folders = set(map(folder_of, paths))
+        caches = {folder: TensorCache(cache_folder(Path(folder), self.cache_dir) / "latents") for folder in folders}
         index = PictureIndex(self.cache_dir, trust_times, writes=team.rank == 0)
         hashes = hash_pictures(paths, index, team, show_progress)
-        return [self._file(view, caches[view.picture.path.parent], hashes[view.picture.path]) for view in views]
+        return [self._file(view, caches[folder_of(view.picture.path)], hashes[view.picture.path]) for view in views]
 
     def _file(self, view: View, cache: TensorCache, content: str) -> LatentFile:
         size = "{}x{}".format(*view.picture.bucket)
@@ -83,12 +87,13 @@ class LatentFiles:
         return LatentFile(cache, cache_key(_VERSION, self.encoder, content, size, mirroring, scaling), content)
 
 
+@uncollected()
 def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:
     """Whether each is there and whole. by_name: do not open them to see the latter."""
     if by_name:
         keys = {cache: cache.keys() for cache in {file.cache for file in files}}
         return [file.key in keys[file.cache] for file in files]
     parts = [files[start : start + _OPENED] for start in range(0, len(files), _OPENED)]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(_OPENERS) as pool:
         whole = pool.map(lambda part: [file.cache.holds(file.key) for file in part], parts)
         return [is_whole for part in whole for is_whole in part]

@@ -13,6 +13,7 @@ import torch
 
 from library.console import progress_bar
 from library.data.augment import Variant, load_variant
+from library.data.folders import folder_of
 from library.data.latent_files import LatentFile, LatentFiles, View, are_there
 from library.data.picture_hashes import hash_picture
 from library.data.picture_index import cannot_write
@@ -79,7 +80,7 @@ def cache_latents_to_disk(
     views = _views(pictures)
     located = list(zip(views, files.locate(views, skip_check, team, show_progress), strict=True))
     file_of = {view.key: file for view, file in located}
-    distinct = {(file.cache.folder, file.key): view for view, file in located}  # copies of a picture share a file
+    distinct = {(file.cache, file.key): view for view, file in located}  # copies of a picture share a file
     share = team.share(list(distinct.values()))
     there = are_there([file_of[view.key] for view in share], skip_check)
     wanted = [view for view, is_there in zip(share, there, strict=True) if not is_there]
@@ -215,7 +216,7 @@ def _finish(saving: Sequence[Future[None]]) -> None:
 
 def _tell_of_foreign_caches(pictures: Sequence[Picture]) -> None:
     """Kohya's scripts leave .npz files beside the pictures; those say too little of how they were made to be used."""
-    folders: list[Path] = list(dict.fromkeys(picture.path.parent for picture in pictures))
+    folders = map(Path, dict.fromkeys(folder_of(picture.path) for picture in pictures))
     having = [folder for folder in folders if next(folder.glob("*.npz"), None) is not None]
     if having:
         logger.info("%s: latents cached by other trainers (.npz) lie here; they are not used", having[0])

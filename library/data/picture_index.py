@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from library.data.folders import folder_of
 from library.data.settings import DataSettings
 from library.errors import DataError
 from library.files import write_atomically
@@ -49,13 +50,14 @@ class PictureIndex:
 
     def known(self, paths: Sequence[Path], fact: str) -> dict[Path, Any]:
         """The fact about those of the files that have not changed since. DataError: a file is not there."""
-        folders: dict[Path, _Entries] = {}
+        folders: dict[str, _Entries] = {}
         found = {}
         for path in paths:
             self._stamps[path] = stamp = _stamp(path)
-            if path.parent not in folders:
-                folders[path.parent] = _read_entries(self._folder(path.parent))
-            entry = folders[path.parent].get(path.name)
+            folder = folder_of(path)
+            if folder not in folders:
+                folders[folder] = _read_entries(self._folder(Path(folder)))
+            entry = folders[folder].get(path.name)
             if entry is not None and self._is_of(entry, stamp) and fact in entry[3]:
                 found[path] = entry[3][fact]
         return found

@@ -15,6 +15,7 @@ from library.data.picture_index import PictureIndex
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.sources import Source, find_sources, listed
 from library.errors import DataError
+from library.garbage import uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Picture:
         return self.subset.num_repeats + self.extra_repeats
 
 
+@uncollected()
 def scan_datasets(
     datasets: Sequence[DatasetSettings],
     skip_broken: bool,

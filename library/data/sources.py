@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
 from library.data.caption_fields import CaptionFields, fields_from_files, fields_from_metadata
@@ -47,7 +48,7 @@ def find_sources(datasets: Sequence[DatasetSettings]) -> list[Source]:
             list_pictures = _from_folder if subset.metadata_file is None else _from_metadata
             masks = _masks(subset)
             found += [
-                Source(f"{place}/{name}", path, fields, size, masks.get(path.stem), dataset, subset)
+                Source(f"{place}/{name}", path, fields, size, masks.get(path.stem) if masks else None, dataset, subset)
                 for name, path, fields, size in list_pictures(subset)
             ]
     if not found:
@@ -102,8 +103,8 @@ def _checked_fields(
 
 def _warn_of_unused_files(paths: Sequence[Path], subset: SubsetSettings) -> None:
     """Natural language that nothing asks for."""
-    beside = {path.name for path in subset.image_dir.iterdir()}
-    unused = [name for path in paths if (name := path.stem + subset.nl_extension) in beside]
+    beside = {path.name for path in subset.image_dir.glob(f"*{escape(subset.nl_extension)}")}
+    unused = [name for path in paths if (name := path.stem + subset.nl_extension) in beside] if beside else []
     if subset.nl_extension != subset.caption_extension:
         _warn(unused, "files of natural language are not used: set caption_mix")
 

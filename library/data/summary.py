@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,14 @@ def describe_data(datasets: Sequence[DatasetSettings], pictures: Sequence[Pictur
     """
     folders = _folders(datasets, pictures)
     every = [folder for own in folders for folder in own]
+    tags = {folder.name: _tag_counts(folder) for folder in every}
     return {
         **_image_counts(pictures),
         "resolution": max((size for dataset in datasets for size in dataset.sizes), key=lambda size: size[0] * size[1]),
-        "datasets": [_describe_dataset(dataset, own) for dataset, own in zip(datasets, folders, strict=True)],
+        "datasets": [_describe_dataset(dataset, own, tags) for dataset, own in zip(datasets, folders, strict=True)],
         "dataset_dirs": _directories(folder for folder in every if not folder.subset.is_reg),
         "reg_dataset_dirs": _directories(folder for folder in every if folder.subset.is_reg),
-        "tag_frequency": _tag_frequency(every),
+        "tag_frequency": _tag_frequency(tags),
         "bucket_info": _bucket_info(pictures),
         **_shared([_dataset_values(dataset) for dataset in datasets], _SHARED_BY_DATASETS),
         **_shared([_subset_values(folder.subset) for folder in every], _SHARED_BY_SUBSETS),
@@ -90,12 +93,15 @@ def _folders(datasets: Sequence[DatasetSettings], pictures: Sequence[Picture]) -
     return [[folder(index, subset) for subset in dataset.subsets] for index, dataset in enumerate(datasets)]
 
 
-def _describe_dataset(dataset: DatasetSettings, folders: Sequence[_Folder]) -> dict[str, Any]:
+def _describe_dataset(
+    dataset: DatasetSettings, folders: Sequence[_Folder], tags: Mapping[str, Counter[str]]
+) -> dict[str, Any]:
+    """tags: those of each folder by its name, as `_tag_counts` gives them."""
     pictures = [picture for folder in folders for picture in folder.pictures]
     return {
         **_dataset_values(dataset),
         **_image_counts(pictures),
-        "tag_frequency": _tag_frequency(folders),
+        "tag_frequency": _tag_frequency({folder.name: tags[folder.name] for folder in folders}),
         "bucket_info": _bucket_info(pictures),
         "subsets": [{**_subset_values(folder.subset), "img_count": len(folder.files)} for folder in folders],
     }
@@ -112,14 +118,19 @@ def _subset_values(subset: SubsetSettings) -> dict[str, Any]:
     return {name: value.resolve().name if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _tag_frequency(folders: Iterable[_Folder]) -> dict[str, dict[str, int]]:
-    """{folder: {tag: pictures that have it}}, most frequent first."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for folder in folders:
-        for picture in folder.files:
-            counts.update((folder.name, tag) for tag in _tags(picture.caption, folder.subset))
+def _tag_counts(folder: _Folder) -> Counter[str]:
+    """{tag: the folder's pictures that have it}"""
+    counts: Counter[str] = Counter()
+    for picture in folder.files:
+        counts.update(_tags(picture.caption, folder.subset))
+    return counts
+
+
+def _tag_frequency(tags: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """{folder: {tag: pictures that have it}} of the most frequent tags, these first."""
+    counted = ((count, name, tag) for name, counts in tags.items() for tag, count in counts.items())
     frequency: dict[str, dict[str, int]] = defaultdict(dict)
-    for (name, tag), count in counts.most_common(_MOST_TAGS):
+    for count, name, tag in nlargest(_MOST_TAGS, counted, key=itemgetter(0)):
         frequency[name][tag] = count
     return frequency
 
