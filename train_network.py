@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from library.data.caching import latents_of
 from library.data.dataset import Batch, MeasuredBatches, TrainingBatches
-from library.data.epochs import largest_batches
+from library.data.epochs import filled_datasets, largest_batches
 from library.data.latents import LatentCache
 from library.data.picture_index import cache_folder
 from library.data.pictures import Picture
@@ -348,6 +348,7 @@ class NetworkTrainer(ABC):
             latents=latents, workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers, total_steps=plan.total_steps,
             announce=self.encode_ahead if settings.data.caches_text else None,
+            filled=filled_datasets(settings.datasets),
         )  # fmt: skip
 
     def parameter_groups(self, network: Network) -> list[dict[str, Any]]:
@@ -504,7 +505,8 @@ class NetworkTrainer(ABC):
 
     def preflight(self, plan: RunPlan) -> None:
         """Tries a step of each bucket and tells what the run will take. DoesNotFitError where memory runs out."""
-        run, largest = self.settings.run, largest_batches(plan.pictures, self.batch_sizes)
+        run, filled = self.settings.run, filled_datasets(self.settings.datasets)
+        largest = largest_batches(plan.pictures, self.batch_sizes, filled)
         latents = self.cached_latents([picture for batch in largest for picture in batch.pictures])
         self.make_parts(plan.total_steps, plan.buckets)
         self.state = first_state(run, plan.resume, self.parts, plan.epoch_steps, plan.total_steps)
@@ -513,7 +515,9 @@ class NetworkTrainer(ABC):
         self.parts = replace(self.parts, schedule=schedule)
         self.network.train()
         announce = self.encode_ahead if self.settings.data.caches_text else None
-        load = partial(load_largest, batch_sizes=self.batch_sizes, seed=run.seed, latents=latents, announce=announce)
+        load = partial(
+            load_largest, batch_sizes=self.batch_sizes, seed=run.seed, latents=latents, announce=announce, filled=filled
+        )
         accumulation, steps = run.gradient_accumulation_steps, plan.total_steps - self.state.step
         trials = try_batches(largest, load, self.step, self.after_lost_step, accumulation, self.device)
         tell_trials(trials, self.described(plan), steps, plan.epoch_steps, self.device)

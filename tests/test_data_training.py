@@ -76,3 +76,12 @@ def test_regularisation_pictures_are_weighted_and_balanced(batches, tiny_anima, 
     seen = batches(max_train_epochs=1, train_batch_size=16, reg_data_dir=tmp_path / "reg", prior_loss_weight=0.25)
     weights = torch.cat([inputs.weights_B for inputs, _ in seen])
     assert sorted(weights.tolist()) == [0.25] * 40 + [1.0] * 40
+
+
+def test_last_batches_are_filled(batches, losses):
+    """Each of four buckets has 10 uses: batches of 4, 4 and 2, of which filling makes 4. Losses are means over all."""
+    plain, filled = (batches(max_train_epochs=1, **more) for more in ({}, {"fill_last_batches": True}))
+    sizes = [[len(own) for _, own in seen] for seen in (plain, filled)]
+    assert sorted(sizes[0]) == [2] * 4 + [4] * 8 and sizes[1] == [4] * 12
+    means = [own.mean().item() for _, own in plain + filled]
+    assert losses == pytest.approx(means, rel=1e-5)

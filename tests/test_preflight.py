@@ -112,3 +112,12 @@ def test_a_resumed_run_has_only_its_rest_to_do(config, capsys):
 def test_preflight_and_dry_run_exclude_each_other(config, capsys):
     assert main(config(preflight=True, dry_run=True)) == 1
     assert "preflight: dry_run loads no model, and preflight needs one; keep one of them" in capsys.readouterr().err
+
+
+def test_batches_that_are_filled_are_tried_whole(config, windows, capsys):
+    """The 10 uses of each bucket fill one batch of 16."""
+    assert main(config(preflight=True, train_batch_size=16, fill_last_batches=True, max_train_epochs=1)) == 0
+    told = capsys.readouterr().err
+    assert [row[1:3] for row in ROW.findall(told)] == [("16", "1.0")] * 4
+    assert {size for window in windows for _, size in window} == {16}
+    assert re.findall(r"10 +1 +6$", told, re.MULTILINE) == ["10        1          6"] * 4

@@ -25,7 +25,6 @@ from accelerate.utils import set_seed
 
 from anima_train_network import AnimaNetworkTrainer
 from library.console import progress_bar, show, show_error, show_log_messages
-from library.data.dataset import TrainingBatches
 from library.errors import UserError
 from library.planning.plan import RunPlan
 from library.settings import Settings, settings_and_problems
@@ -85,12 +84,7 @@ def _cache_pictures(trainer: AnimaNetworkTrainer, plan: RunPlan, remove_unused: 
 
 
 def _cache_captions(trainer: AnimaNetworkTrainer, plan: RunPlan, epochs: int) -> None:
-    accelerator, settings = trainer.accelerator, trainer.settings
-    batches = TrainingBatches(
-        plan.pictures, trainer.batch_sizes, settings.run.seed,
-        accumulation=settings.run.gradient_accumulation_steps, total_steps=plan.total_steps,
-        rank=accelerator.process_index, world_size=accelerator.num_processes,
-    )  # fmt: skip
+    accelerator, batches = trainer.accelerator, trainer.training_batches(plan, None)
     captions = list(dict.fromkeys(caption for epoch in range(epochs) for caption in batches.captions(epoch)))
     started = time.perf_counter()
     with progress_bar(len(captions), "caching captions", shown=accelerator.is_main_process) as bar:

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.console import show, show_error, show_log_messages
-from library.data.epochs import bucket_table
+from library.data.epochs import bucket_table, filled_datasets
 from library.errors import SettingError, UserError, first_ten
 from library.settings import Settings
 from library.settings.collect import resolve_settings
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if own.json:
             show(json.dumps(asdict(report), indent=2, ensure_ascii=False))
         else:
-            show(bucket_table(pictures, batch_sizes))
+            show(bucket_table(pictures, batch_sizes, filled_datasets(settings.datasets)))
             show("\n".join(_lines(report)))
         if own.contact_sheet is not None:
             most, draws = max(1, own.sheet_pictures), max(1, own.draws)

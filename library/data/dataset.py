@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +79,11 @@ class StepBatches:
 class TrainingBatches:
     """Loads epochs step by step; what an epoch holds depends only on (seed, epoch), not on workers or earlier epochs.
 
-    batch_sizes: one per dataset. latents: the cache, if pictures are not to be loaded again. workers: loading
-    processes; without them, and for cached latents, threads load ahead of training. persistent_workers keeps the
-    processes between epochs. total_steps: the run's length, without which token_warmup_step holds no tags back.
-    announce: called now and then with the captions of the next steps, before those come.
+    batch_sizes: one per dataset. filled: the datasets whose last batches are filled, see `plan_epoch`. latents: the
+    cache, if pictures are not to be loaded again. workers: loading processes; without them, and for cached latents,
+    threads load ahead of training. persistent_workers keeps the processes between epochs. total_steps: the run's
+    length, without which token_warmup_step holds no tags back. announce: called now and then with the captions of the
+    next steps, before those come.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class TrainingBatches:
         persistent_workers: bool = False,
         total_steps: int | None = None,
         announce: Callable[[list[str]], None] | None = None,
+        filled: Collection[int] = (),
     ) -> None:
         self._pictures = pictures
         self._batch_sizes = batch_sizes
@@ -106,6 +108,7 @@ class TrainingBatches:
         self._accumulation = accumulation
         self._rank = rank
         self._world_size = world_size
+        self._filled = filled
         self._announce = announce
         self._dataset = _BatchDataset(pictures, seed, latents, total_steps)
         self._sampler = _PlanSampler()
@@ -146,7 +149,9 @@ class TrainingBatches:
         return [caption for entry in entries for caption in self._dataset.captions(entry)]
 
     def _plan(self, epoch: int) -> list[StepPlan]:
-        return plan_epoch(self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size)
+        return plan_epoch(
+            self._pictures, self._batch_sizes, self._seed, epoch, self._accumulation, self._world_size, self._filled
+        )
 
     def _own_entries(self, epoch: int, plan: Sequence[StepPlan]) -> list[list[_Entry]]:
         """This rank's batches of each step."""

@@ -266,6 +266,11 @@ class DatasetSettings:
         "Pictures in one batch. More make steadier steps and need more memory; --preflight tells what fits.",
         aliases=("train_batch_size",),
     )
+    fill_last_batches: bool = option(
+        False,
+        "Fill up the last batch of each bucket, which is smaller otherwise, by showing some of its pictures once more: "
+        "steadier steps where many buckets hold few pictures.",
+    )
     enable_bucket: bool = option(
         False,
         "Train each picture at its own aspect ratio, within the area budget. Off: all are cropped to resolution.",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from library.data.cache_size import latent_bytes
-from library.data.epochs import bucket_table, steps_per_epoch
+from library.data.epochs import bucket_table, filled_datasets, steps_per_epoch
 from library.data.pictures import Picture
 from library.data.planning import plan_pictures
 from library.data.validation import as_measured
@@ -87,7 +87,7 @@ class Planner:
             check_snapshot(resume, made_of, run.anima_resume_snapshot_strict)
             if network is not None:
                 check_shapes(resume, network)
-        logger.info("%s", bucket_table(pictures, self._batch_sizes))
+        logger.info("%s", bucket_table(pictures, self._batch_sizes, filled_datasets(settings.datasets)))
         measured = tuple(map(as_measured, validation))
         return RunPlan(
             planned.module, planned.arguments, network, rates, pictures, measured, epoch_steps, total_steps, files,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -130,9 +130,10 @@ def load_largest(
     seed: int,
     latents: LatentCache | None,
     announce: Callable[[list[str]], None] | None,
+    filled: Collection[int] = (),
 ) -> Batch:
-    """The bucket's largest batch. batch_sizes: one per dataset. latents, announce: as for `TrainingBatches`."""
-    steps = TrainingBatches(largest.pictures, batch_sizes, seed, latents=latents, announce=announce)
+    """The bucket's largest batch. batch_sizes: one per dataset. latents, announce, filled: as for `TrainingBatches`."""
+    steps = TrainingBatches(largest.pictures, batch_sizes, seed, latents=latents, announce=announce, filled=filled)
     return next(step.batches[0] for step in steps.epoch(0) if step.sample_count == largest.size)
 
 

@@ -175,6 +175,32 @@ def test_ranks_share_the_epoch(pictures):
     assert seen == Counter((0, picture.key, repeat) for picture in pictures for repeat in range(2))
 
 
+def test_filled_batches_are_the_same_with_workers_on_ranks_and_from_the_middle(pictures):
+    """Uses 10 and 4 in batches of 3 lack 2 and 2."""
+
+    def steps(first_step=0, **more):
+        return list(TrainingBatches(pictures, [3], 1, filled={0}, **more).epoch(2, first_step))
+
+    def samples(*runs):
+        return [
+            (key, caption, pixels_CHW.sum().item())
+            for run in runs
+            for step in run
+            for batch in step.batches
+            for key, caption, pixels_CHW in zip(batch.keys, batch.captions, batch.pixels_BCHW, strict=True)
+            if batch.counted
+        ]
+
+    alone = steps()
+    assert [step.sample_count for step in alone] == [3] * 6
+    assert summary(steps(first_step=2)) == summary(alone)[2:] and summary(steps(workers=2)) == summary(alone)
+    assert sorted(samples(steps(rank=0, world_size=2), steps(rank=1, world_size=2))) == sorted(samples(alone))
+    further = {key: variant for key, *variant in samples(alone) if key[2] >= 2}
+    assert len(further) == 4 and len({key for key, *_ in samples(alone)}) == 18
+    captions = TrainingBatches(pictures, [3], 1, filled={0}).captions(2)
+    assert captions == [caption for step in alone for batch in step.batches for caption in batch.captions]
+
+
 def test_cached_latents_take_the_place_of_pixels(pictures, caplog):
     def encode(pixels_BCHW):
         return pixels_BCHW[:, :, None, ::8, ::8]
