@@ -311,7 +311,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def memory_savers(self) -> list[str]:
         data, memory = self.settings.data, self.settings.memory
         subsets = [subset for dataset in self.settings.datasets for subset in dataset.subsets]
-        changes_pictures = any(subset.color_aug or subset.random_crop for subset in subsets)
+        changes_pictures = any(subset.redrawn_by for subset in subsets)
         offers = {
             "cache_latents = true": not (data.caches_latents or changes_pictures),
             "cache_text_encoder_outputs = true": not (data.caches_text or self.network.trains("text_encoder")),

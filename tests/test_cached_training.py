@@ -95,7 +95,7 @@ def test_the_tool_says_what_the_run_will_not_use_and_shows_errors(config, tmp_pa
 
 
 def test_caches_and_what_changes_at_each_use_contradict(config, capsys):
-    for option in ("color_aug", "random_crop"):
-        assert main(config(**{option: True})) == 1
+    for option, value in (("color_aug", True), ("random_crop", True), ("face_crop_aug_range", "2.0,4.0")):
+        assert main(config(**{option: value})) == 1
         said = capsys.readouterr().err
         assert option in said and "cache_latents" in said

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from library.anima_runtime.tokenizers import load_t5_tokenizer
 from library.data.dataset import TrainingBatches
 from library.data.epochs import plan_epoch
+from library.data.faces import warn_of_missing_faces
 from library.data.folders import pictures_in, unread_in
 from library.data.header_reading import read_headers
 from library.data.picture_hashes import hash_pictures
@@ -102,7 +103,9 @@ def report_dataset(settings: Settings, pictures: Sequence[Picture]) -> DatasetRe
 
 def readable_pictures(settings: Settings) -> tuple[Picture, ...]:
     """The run's pictures without those that are broken, every one read whole. Errors: see `scan_datasets`."""
-    return scan_datasets(settings.datasets, skip_broken=True, index=picture_index(settings.data, writes=True))
+    pictures = scan_datasets(settings.datasets, skip_broken=True, index=picture_index(settings.data, writes=True))
+    warn_of_missing_faces(pictures)
+    return pictures
 
 
 def _buckets(settings: Settings, pictures: Sequence[Picture]) -> list[Bucket]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from library.data.faces import draw_crop, face_of
 from library.data.pictures import Picture
 from library.data.pixels import CENTRE, load_pixels
 from library.randomness import python_random
@@ -19,10 +20,11 @@ _GAMMA = 0.05
 
 @dataclass(frozen=True)
 class Variant:
-    """centring: see `library.data.pixels.load_pixels`. hue: which part of the colour circle it is turned by."""
+    """centring, zoom: see `library.data.pixels.fit`. hue: which part of the colour circle it is turned by."""
 
     flipped: bool = False
     centring: tuple[float, float] = CENTRE
+    zoom: float = 1.0
     hue: float = 0.0
     gamma: float = 1.0
 
@@ -40,8 +42,11 @@ class Variant:
 def draw_variant(picture: Picture, seed: int, epoch: int, repeat: int) -> Variant:
     """The variant of one use of a picture, as its subset's settings have it; it follows from (seed, use) alone."""
     subset, key = picture.subset, (epoch, picture.key, repeat)
-    centring, hue, gamma = CENTRE, 0.0, 1.0
-    if subset.random_crop:
+    centring, zoom, hue, gamma = CENTRE, 1.0, 0.0, 1.0
+    face = None if subset.face_crop_aug_range is None else face_of(picture)
+    if face is not None:
+        centring, zoom = draw_crop(face, picture, python_random(seed, "face crop", *key))
+    elif subset.random_crop:
         random = python_random(seed, "crop", *key)
         centring = random.random(), random.random()
     if subset.color_aug:
@@ -50,7 +55,7 @@ def draw_variant(picture: Picture, seed: int, epoch: int, repeat: int) -> Varian
         hue = random.uniform(-_HUE, _HUE) if kind < _RECOLOURED / 2 else 0.0
         gamma = random.uniform(1 - _GAMMA, 1 + _GAMMA) if _RECOLOURED / 2 <= kind < _RECOLOURED else 1.0
     flipped = subset.flip_aug and python_random(seed, "flip", *key).random() < 0.5
-    return Variant(flipped, centring, hue, gamma)
+    return Variant(flipped, centring, zoom, hue, gamma)
 
 
 def load_variant(picture: Picture, variant: Variant) -> torch.Tensor:
@@ -60,6 +65,7 @@ def load_variant(picture: Picture, variant: Variant) -> torch.Tensor:
         picture.bucket,
         variant.flipped,
         centring=variant.centring,
+        zoom=variant.zoom,
         interpolation=picture.subset.resize_interpolation,
         recolour=variant.recolour,
     )

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from library.data.augment import Variant
 from library.data.pictures import Picture
-from library.data.pixels import read_alpha, read_rgb
+from library.data.pixels import fit, read_alpha, read_rgb
 
 # The VAE halves a side three times.
 LATENT_PIXELS = 8
@@ -43,7 +43,7 @@ def load_mask(picture: Picture, variant: Variant) -> torch.Tensor:
     It is scaled, cropped and mirrored as the picture is. DataError: the file cannot be read.
     """
     mask = read_alpha(picture.path) if picture.mask is None else _read_mask(picture.mask)
-    fitted = ImageOps.fit(mask, picture.bucket, method=Image.Resampling.BILINEAR, centering=variant.centring)
+    fitted = fit(mask, picture.bucket, Image.Resampling.BILINEAR, variant.centring, variant.zoom)
     if variant.flipped:
         fitted = ImageOps.mirror(fitted)
     mask_HW = torch.from_numpy(np.array(fitted)).float() / 255

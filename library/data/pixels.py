@@ -52,21 +52,42 @@ def load_pixels(
     flipped: bool,
     *,
     centring: tuple[float, float] = CENTRE,
+    zoom: float = 1.0,
     interpolation: str | None = None,
     recolour: Callable[[Image.Image], Image.Image] | None = None,
 ) -> torch.Tensor:
-    """pixels_CHW in [-1, 1], fp32: scaled to cover the bucket (width, height), cropped, recoloured, mirrored.
+    """pixels_CHW in [-1, 1], fp32: cropped and scaled to the bucket (width, height), recoloured, mirrored.
 
-    centring: how much of what is cropped away lies to the left and above, from 0 to 1. interpolation: as
-    resize_interpolation says; shrinking takes the wider support that it needs. DataError: the file cannot be read.
+    centring, zoom: see `fit`. interpolation: as resize_interpolation says; shrinking takes the wider support that it
+    needs. DataError: the file cannot be read.
     """
-    image = ImageOps.fit(read_rgb(path), bucket, method=_FILTERS[interpolation or "lanczos"], centering=centring)
+    image = fit(read_rgb(path), bucket, _FILTERS[interpolation or "lanczos"], centring, zoom)
     if recolour is not None:
         image = recolour(image)
     if flipped:
         image = ImageOps.mirror(image)
     pixels_HWC = torch.from_numpy(np.array(image))
     return pixels_HWC.permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1.0)
+
+
+def fit(
+    image: Image.Image,
+    bucket: tuple[int, int],
+    method: Image.Resampling,
+    centring: tuple[float, float] = CENTRE,
+    zoom: float = 1.0,
+) -> Image.Image:
+    """The largest part of the bucket's shape that the picture has, or one `zoom` times as large, scaled to the bucket.
+
+    centring: how much of what is cropped away lies to the left and above, from 0 to 1. zoom: above 0, at most 1.
+    """
+    if zoom == 1:
+        return ImageOps.fit(image, bucket, method=method, centering=centring)
+    scale = zoom * min(image.width / bucket[0], image.height / bucket[1])
+    width, height = bucket[0] * scale, bucket[1] * scale
+    left, top = (image.width - width) * centring[0], (image.height - height) * centring[1]
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    return image.resize(bucket, method, box)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from library.data.faces import warn_of_missing_faces
 from library.data.picture_index import picture_index
 from library.data.pictures import Picture, scan_datasets
 from library.data.settings import DatasetSettings, DataSettings
@@ -26,4 +27,5 @@ def plan_pictures(
     pictures = problems.attempt(scan_datasets, datasets, settings.skip_broken_images, is_main, index)
     if not pictures:
         return (), ()
+    warn_of_missing_faces(pictures)
     return problems.attempt(split_validation, pictures, datasets, seed) or ((), ())

@@ -4,47 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from library.data.caption_mix import parse_caption_mix
+from library.data.setting_values import (
+    parse_face_crop_range,
+    parse_resolution,
+    parse_resolutions,
+    parse_separator,
+)
 from library.options import option
-
-
-def parse_resolution(value: Any) -> tuple[int, int]:
-    """An int, [width, height], "1024" or "832,1216" -> (width, height) in pixels; ValueError for anything else."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    sides = [_whole_number(part) for part in parts]
-    if len(sides) not in (1, 2) or any(side is None or side < 16 for side in sides):
-        raise ValueError(
-            "expected a side in pixels such as 1024, or [width, height], each 16 or more; several sizes go into "
-            "resolutions"
-        )
-    return sides[0], sides[-1]
-
-
-def parse_resolutions(value: Any) -> tuple[tuple[int, int], ...]:
-    """[512, 1024], [[832, 1216], 1024] or one such entry -> a size (width, height) for each; ValueError otherwise.
-
-    Every entry is a resolution of its own, as `parse_resolution` reads it: two numbers are two sizes here.
-    """
-    entries = value if isinstance(value, list | tuple) else [value]
-    sizes = tuple(parse_resolution(entry) for entry in entries)
-    if len(set(sizes)) < len(sizes):
-        raise ValueError("expected each size once")
-    return sizes
-
-
-def parse_separator(value: Any) -> str:
-    """Text of at least one character; ValueError for anything else."""
-    if not isinstance(value, str) or not value:
-        raise ValueError("expected the text that separates tags, such as ','")
-    return value
-
-
-def _whole_number(value: Any) -> int | None:
-    if isinstance(value, str) and value.strip().isdecimal():
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -226,6 +194,13 @@ class SubsetSettings:
     random_crop: bool = option(
         False, "Crop pictures at a random place instead of the centre, anew each time. Not with caches."
     )
+    face_crop_aug_range: tuple[float, float] | None = option(
+        None,
+        "Crop around the face, anew each time: '2.0,4.0' makes the crop's short side 2 to 4 times the face. For "
+        "pictures whose names end in the face's centre and size in pixels, cat_<x>_<y>_<width>_<height>.png. Not with "
+        "caches.",
+        parse=parse_face_crop_range,
+    )
     resize_interpolation: str | None = option(
         None,
         "How pictures are scaled. Unset: lanczos, which is best for nearly all; nearest keeps pixel art hard.",
@@ -244,6 +219,11 @@ class SubsetSettings:
         "Moves this folder's timesteps by so many thousandths: 100 trains it nearer to noise, for composition, -100 "
         "nearer to the picture, for detail.",
     )
+
+    @property
+    def redrawn_by(self) -> list[str]:
+        """The names of the settings in force that make other pixels of a picture at each use, beside mirroring."""
+        return [name for name in ("color_aug", "random_crop", "face_crop_aug_range") if getattr(self, name)]
 
 
 @dataclass(frozen=True)

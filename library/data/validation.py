@@ -66,7 +66,7 @@ def as_measured(picture: Picture) -> Picture:
     subset = replace(
         picture.subset, num_repeats=1, shuffle_caption=False, caption_dropout_rate=0.0, caption_tag_dropout_rate=0.0,
         caption_dropout_every_n_epochs=None, shuffle_sentences=False, sentence_dropout_rate=0.0, token_warmup_step=0,
-        flip_aug=False, color_aug=False, random_crop=False,
+        flip_aug=False, color_aug=False, random_crop=False, face_crop_aug_range=None,
     )  # fmt: skip
     return replace(picture, subset=subset, extra_repeats=0)
 

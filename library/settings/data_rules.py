@@ -32,9 +32,8 @@ def _subset_problems(settings: Settings, subset: SubsetSettings) -> Iterator[tup
     data = settings.data
     if data.caches_latents:
         cached_by = "cache_latents" if data.cache_latents else "cache_latents_to_disk"
-        for name in ("color_aug", "random_crop"):
-            if getattr(subset, name):
-                yield name, f"it changes pictures at each use, and {cached_by} keeps one form: turn one of them off"
+        for name in subset.redrawn_by:
+            yield name, f"it changes pictures at each use, and {cached_by} keeps one form: turn one of them off"
     if subset.alpha_mask and subset.conditioning_data_dir is not None:
         yield "alpha_mask", "conditioning_data_dir gives masks as well: keep one of them"
     if data.masked_loss is False and _has_masks(subset):

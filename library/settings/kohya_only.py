@@ -98,7 +98,6 @@ REFUSED: dict[str, str] = {
     "ae": "name the VAE by vae",
     "training_shift": "set anima_flow_shift",
     "dataset_class": "name the pictures by dataset_config or train_data_dir",
-    "face_crop_aug_range": "it needs the places of faces in file names; crop the pictures beforehand",
     "skip_image_resolution": "small pictures are trained; set bucket_no_upscale so that they are not enlarged",
     "debug_dataset": "the table of buckets at the start of a run shows what the pictures became",
     "deepspeed": _NO_DEEPSPEED,

@@ -99,7 +99,8 @@ def test_counterparts_are_as_many_of_the_trained_and_stay_the_same():
 def test_nothing_is_drawn_at_random_for_a_measured_picture():
     subset = SubsetSettings(
         num_repeats=10, shuffle_caption=True, caption_dropout_rate=1.0, caption_tag_dropout_rate=0.5, flip_aug=True,
-        color_aug=True, random_crop=True, shuffle_sentences=True, sentence_dropout_rate=0.5, token_warmup_step=10,
+        color_aug=True, random_crop=True, face_crop_aug_range=(2.0, 4.0), shuffle_sentences=True,
+        sentence_dropout_rate=0.5, token_warmup_step=10,
         caption_dropout_every_n_epochs=2, caption_prefix="p", timestep_offset=50, alpha_mask=True,
     )  # fmt: skip
     (picture,) = pictures_of(subset, 1)

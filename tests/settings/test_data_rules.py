@@ -82,7 +82,11 @@ def test_several_resolutions(model_flags, resolutions):
         ("caption_dropout_every_n_epochs = 1", "", [],
          "d.toml:2: datasets.caption_dropout_every_n_epochs: 1 is out of range; give 2 or more"),
         ("caption_mix = 'tag=1'", "", [], "d.toml:2: datasets.caption_mix = 'tag=1': 'tag' is none of the forms tags"),
-        ("", "face_crop_aug_range = '2.0,4.0'", [], "it needs the places of faces in file names"),
+        ("", "face_crop_aug_range = '4.0,2.0'", [],
+         "d.toml:5: datasets.subsets.face_crop_aug_range = '4.0,2.0': expected how many times as long as the face"),
+        ("", "face_crop_aug_range = [2, 4]", ["--cache_latents"],
+         "d.toml:5: datasets.subsets.face_crop_aug_range: it changes pictures at each use, and cache_latents keeps one "
+         "form: turn one of them off"),
         ("resolution = [512, 768, 1024]", "", [], "several sizes go into resolutions"),
         ("", "resolution = 512", [], "resolution does not belong here; put it under [general] or [[datasets]]"),
         ("metadata_file = 'm.json'", "", [], "metadata_file does not belong here; put it under [[datasets.subsets]]"),

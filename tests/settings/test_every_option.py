@@ -28,6 +28,8 @@ def toml_and_words(spelling):
         return "[832, 1216]", [f"--{spelling}", "832", "1216"], (832, 1216)
     if declared.name == "resolutions":
         return "[768, [832, 1216]]", [f"--{spelling}", "768", "832,1216"], ((768, 768), (832, 1216))
+    if declared.name == "face_crop_aug_range":
+        return '"2.0,4.0"', [f"--{spelling}", "2.0,4.0"], (2.0, 4.0)
     if declared.name == "adapter_format":
         return '["kohya", "comfy"]', [f"--{spelling}", "kohya", "comfy"], ("kohya", "comfy")
     if declared.name == "base_weights_multiplier":

@@ -263,7 +263,7 @@ token_warmup_step = 100
 flip_aug = true
 color_aug = true
 random_crop = true
-face_crop_aug_range = "2.0,4.0" !
+face_crop_aug_range = "2.0,4.0"
 alpha_mask = true
 conditioning_data_dir = "masks"
 cache_info = true !
@@ -279,6 +279,7 @@ OWN_TYPES = {  # values that are not what TOML reads
     "lr_scheduler_num_cycles": 3.0,
     "adapter_format": ("kohya", "comfy"),
     "base_weights_multiplier": (0.5, 1.0),
+    "face_crop_aug_range": (2.0, 4.0),
 }
 
 

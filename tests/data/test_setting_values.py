@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from library.data.settings import DatasetSettings, parse_resolution, parse_resolutions, parse_separator
+from library.data.setting_values import (
+    parse_face_crop_range,
+    parse_resolution,
+    parse_resolutions,
+    parse_separator,
+)
+from library.data.settings import DatasetSettings
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,19 @@ def test_separator():
     for wrong in ("", 3, None):
         with pytest.raises(ValueError, match="separates tags"):
             parse_separator(wrong)
+
+
+@pytest.mark.parametrize("written", ["2.0,4.0", "2, 4", [2.0, 4.0], [2, 4], ["2", "4"], (2.0, 4.0)])
+def test_face_crop_range(written):
+    assert parse_face_crop_range(written) == (2.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "written", ["2.0", "2,4,6", "4,2", "0.5,2", "a,b", "nan,2", "2,inf", 2.0, [2, None], [True, 2], {"a": 1}, ","]
+)
+def test_what_is_no_face_crop_range(written):
+    with pytest.raises(ValueError, match=r'"2\.0,4\.0": two numbers of 1 or more'):
+        parse_face_crop_range(written)
 
 
 @pytest.mark.parametrize(
