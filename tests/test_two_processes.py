@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
 from tests.training_runs import TrainingRun, run_group
 from train_network import NetworkTrainer
@@ -108,25 +110,91 @@ def test_two_processes_train_as_one_does(config, three_pictures, tmp_path, setti
     assert "saved" not in runs[1].output
 
 
-def lose_a_picture_on_the_second() -> None:
-    """The second process cannot read a picture of the third step."""
+def validation_curves(logs: Path) -> dict[int, dict[str, float]]:
+    """What a run's progress file tells of its validation, by step."""
+    (file,) = logs.glob("*/progress.jsonl")
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    measured = [line for line in lines if "loss/validation/average" in line]
+    return {line["step"]: {k: v for k, v in line.items() if k.startswith("loss/validation/")} for line in measured}
+
+
+@pytest.mark.parametrize(
+    ("split", "measured"), [(0.5, 3), (0.1, 1)], ids=["uneven shares", "nothing for the second process"]
+)
+def test_two_processes_measure_the_validation_loss_that_one_does(config, three_pictures, tmp_path, split, measured):
+    """Before the first step the models are the same, and so is every number; afterwards they round otherwise."""
+    for number, path in enumerate(sorted((three_pictures / "5_subject").iterdir())):
+        shutil.copy(path, path.with_name(f"{9 - number}{path.suffix}"))  # six pictures, with captions
+    settings = {
+        "train_data_dir": three_pictures, "validation_split": split, "validate_every_n_steps": 2, "save_best": True,
+        "max_train_steps": 4, "learning_rate": 1e-2, "train_batch_size": 2, "enable_bucket": False,
+    }  # fmt: skip
+    logs = {"one": tmp_path / "logs1", "two": tmp_path / "logs2"}
+    words = config(**settings, gradient_accumulation_steps=2, logging_dir=logs["one"], output_dir=tmp_path / "alone")
+    one = TrainingRun(words, tmp_path / "alone.log")
+    assert one.end() == 0, one.output
+    runs = run_group(config(**settings, logging_dir=logs["two"]), tmp_path, 2)
+    assert [run.end() for run in runs] == [0, 0], runs[0].output + runs[1].output
+    assert f"validation_split keeps {measured} of 6 pictures" in runs[0].output
+    curves = {name: validation_curves(folder) for name, folder in logs.items()}
+    assert list(curves["one"]) == list(curves["two"]) == [0, 2, 4]
+    assert curves["one"][0] == curves["two"][0]
+    for step in (2, 4):
+        assert curves["two"][step] == pytest.approx(curves["one"][step], abs=1e-6)
+        assert curves["two"][step]["loss/validation/average"] != curves["two"][0]["loss/validation/average"]
+    best = [(tmp_path / folder / "tiny-best.safetensors").is_file() for folder in ("alone", "output")]
+    assert best[0] == best[1]
+    assert "validation after" in runs[0].output and "validation after" not in runs[1].output
+
+
+def failing_step(rank: int) -> None:
+    """That process cannot read a picture of the third step."""
     step = NetworkTrainer.step
 
     def failing(self, *arguments):
-        if self.accelerator.process_index == 1 and self.state.step == 2:
+        if self.accelerator.process_index == rank and self.state.step == 2:
             raise DataError("picture lost.png cannot be read")
         return step(self, *arguments)
 
     NetworkTrainer.step = failing
 
 
-def test_one_processs_failure_ends_all_with_its_message_and_a_save(config, tmp_path):
-    runs = run_group(config(max_train_steps=6, log_with="none"), tmp_path, 2, lose_a_picture_on_the_second)
+def failing_validation(rank: int) -> None:
+    """That process cannot read a picture that is measured after the second step."""
+    losses_at = NetworkTrainer.losses_at
+
+    def failing(self, *arguments):
+        if self.accelerator.process_index == rank and self.state.step == 2:
+            raise DataError("picture lost.png cannot be read")
+        return losses_at(self, *arguments)
+
+    NetworkTrainer.losses_at = failing
+
+
+def failing_start(rank: int) -> None:
+    """That process cannot encode its pictures."""
+    encode = AnimaNetworkTrainer.encode_pixels
+
+    def failing(self, pixels):
+        if self.accelerator.process_index == rank:
+            raise DataError("picture lost.png cannot be read")
+        return encode(self, pixels)
+
+    AnimaNetworkTrainer.encode_pixels = failing
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("fault", "saves"), [(failing_step, True), (failing_validation, True), (failing_start, False)])
+def test_one_processs_failure_ends_all_with_its_message_and_a_save(config, tmp_path, fault, saves, rank):
+    settings = {"validation_split": 0.5, "validate_every_n_steps": 2} if fault is failing_validation else {}
+    runs = run_group(config(max_train_steps=6, log_with="none", **settings), tmp_path, 2, partial(fault, rank))
     assert [run.end() for run in runs] == [1, 1]
-    assert "error: picture lost.png cannot be read" in runs[1].output
-    assert "error: another process of this run has ended; its own message tells why" in runs[0].output
+    assert "error: picture lost.png cannot be read" in runs[rank].output
+    assert "error: another process of this run has ended; its own message tells why" in runs[1 - rank].output
     assert "Traceback" not in runs[0].output + runs[1].output
-    assert json.loads((tmp_path / "output" / "tiny-step00000002-state" / "run_state.json").read_text())["step"] == 2
+    state = tmp_path / "output" / "tiny-step00000002-state" / "run_state.json"
+    assert state.is_file() == saves
+    assert not saves or json.loads(state.read_text())["step"] == 2
 
 
 def test_what_all_processes_find_wrong_is_told_once(config, tmp_path):
