@@ -9,7 +9,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -597,16 +597,17 @@ class NetworkTrainer(ABC):
     def sample(self, tag: str) -> None:
         """Renders the sample prompts, if there are any, without dropout; by the main process.
 
-        The first time, they are rendered without the adapter as well. A failure is told, and the run goes on.
-        tag: e000002 or 000100, for the names of the files.
+        The first time, they are rendered without the adapter as well, and uncompiled: compiling is for what comes
+        again, and before the first step it would change what the steps are compiled for. tag: e000002 or 000100, for
+        the names of the files. A failure is told, and the run goes on.
         """
         if self.settings.sampling.sample_prompts is None or not self.accelerator.is_main_process:
             return
         self.network.eval()
-        with telling_failures(), averaged_weights(self.parts.optimizer):
-            base = None
-            if self.samples.needs_base:
-                with self.network.disabled(), uncompiled():  # rendered once, which is not worth compiling for
+        is_first, base = self.samples.needs_base, None
+        with telling_failures(), averaged_weights(self.parts.optimizer), uncompiled() if is_first else nullcontext():
+            if is_first:
+                with self.network.disabled():
                     base = self.with_room(self.render_samples)
             samples = self.with_room(self.render_samples)
             for name, picture in self.samples.write(tag, self.state.step, samples, base):

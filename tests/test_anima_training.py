@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import anima_train_network
+import train_network
 from anima_train_network import AnimaNetworkTrainer, main
 from library.anima_runtime.text_encoding import PaddedCaptions
 from library.data.dataset import Batch
@@ -331,6 +333,26 @@ def test_a_failure_in_sampling_is_told_and_the_run_goes_on(config, tiny_anima, t
     assert main(config(max_train_steps=2, sample_prompts=prompts, sample_every_n_steps=1, network_dropout=0.5)) == 0
     assert capsys.readouterr().err.count("sample pictures left out: OSError: no space left") == 2
     assert len(losses) == 2
+
+
+def test_samples_are_compiled_from_the_second_time_on(config, tiny_anima, monkeypatch):
+    """Two renderings, without and with the adapter, the first time; then one."""
+    depth, depths, render_samples = [], [], AnimaNetworkTrainer.render_samples
+
+    @contextmanager
+    def uncompiled():
+        depth.append(True)
+        yield
+        depth.pop()
+
+    def render(self):
+        depths.append(len(depth))
+        return render_samples(self)
+
+    monkeypatch.setattr(train_network, "uncompiled", uncompiled)
+    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", render)
+    assert main(config(sample_prompts=tiny_anima / "sample_prompts.txt", sample_every_n_steps=1)) == 0
+    assert depths == [1, 1, 0]
 
 
 def test_recorded_steps_give_their_memory_to_samples(config, tiny_anima, tmp_path, capsys, monkeypatch):
