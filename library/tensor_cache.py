@@ -58,6 +58,7 @@ class TensorCache:
         self._limit = limit
         self._lock = threading.Lock()
         self._sizes = None if limit is None else self._sizes_by_age()
+        self._total = sum(self._sizes.values()) if self._sizes else 0
 
     def read(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors of an entry; None where it is missing, damaged or not what its name says."""
@@ -128,12 +129,11 @@ class TensorCache:
         if self._sizes is None:
             return
         with self._lock:
-            self._sizes.pop(key, None)
-            total = sum(self._sizes.values()) + size
-            while self._sizes and total > self._limit:
+            self._total += size - self._sizes.pop(key, 0)
+            while self._sizes and self._total > self._limit:
                 oldest, freed = self._sizes.popitem(last=False)
                 self.remove(oldest)
-                total -= freed
+                self._total -= freed
             self._sizes[key] = size
 
 

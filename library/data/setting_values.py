@@ -30,6 +30,13 @@ def parse_resolutions(value: Any) -> tuple[tuple[int, int], ...]:
     return sizes
 
 
+def are_several(value: Any) -> bool:
+    """Whether a resolution's value is a list of sizes, as no width and height are: three or more, or pairs in it."""
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    return len(value) > 2 or any(isinstance(entry, list) or "," in str(entry) for entry in value)
+
+
 def parse_separator(value: Any) -> str:
     """Text of at least one character; ValueError for anything else."""
     if not isinstance(value, str) or not value:

@@ -32,8 +32,10 @@ from library.settings.toml_files import TomlFile, read_toml
 
 logger = logging.getLogger(__name__)
 
-# A length or data source given in a higher layer replaces its alternative in a lower one.
-_REPLACES = {"max_train_steps": "max_train_epochs", "dataset_config": "train_data_dir"}
+# A length, data source or size given in a higher layer replaces its alternative in a lower one.
+_REPLACES = {
+    "max_train_steps": "max_train_epochs", "dataset_config": "train_data_dir", "resolution": "resolutions"
+}  # fmt: skip
 # Arguments that a file's form implies, but only for the optimizer or network it names.
 _ARGUMENTS_OF = {"optimizer_type": "optimizer_args", "network_module": "network_args"}
 

@@ -101,7 +101,7 @@ def datasets_from_tables(tables: DatasetTables, fallback: Values) -> tuple[Datas
     """The datasets of the tables; `fallback` holds values from outside them, which any table's own value wins over."""
     return tuple(
         DatasetSettings(
-            **_picked({**fallback, **tables.general, **dataset.values}, dataset_options()),
+            **_picked(_layered(fallback, tables.general, dataset.values), dataset_options()),
             subsets=tuple(
                 SubsetSettings(**_picked({**fallback, **tables.general, **dataset.values, **own}, subset_options()))
                 for own in dataset.subsets
@@ -109,6 +109,16 @@ def datasets_from_tables(tables: DatasetTables, fallback: Values) -> tuple[Datas
         )
         for dataset in tables.datasets
     )
+
+
+def _layered(*levels: Values) -> Values:
+    """What later, inner levels say wins; so does a resolution there over resolutions further out."""
+    values: dict[str, Given] = {}
+    for level in levels:
+        if "resolution" in level:
+            values.pop("resolutions", None)
+        values.update(level)
+    return values
 
 
 def dataset_from_folder(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from library.data.setting_values import are_several
 from library.errors import did_you_mean
 from library.options import Option, Secret
 from library.settings.command_line import program_options
@@ -24,7 +25,7 @@ def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: l
     """
     spellings = by_spelling(options)
     given: dict[str, Given] = {}
-    for entry in entries:
+    for entry in map(_as_resolutions, entries):
         if entry.name not in spellings:
             _resolve_undeclared(entry, spellings, problems)
             continue
@@ -42,6 +43,11 @@ def resolve(entries: Iterable[Entry], options: Mapping[str, Option], problems: l
             problems.append(f"{shown}: contradicts {earlier}; keep one")
         given[option.name] = Given(value, entry.source, entry.label)
     return given
+
+
+def _as_resolutions(entry: Entry) -> Entry:
+    """A resolution that can only mean several sizes, not a width and a height, is taken for resolutions."""
+    return replace(entry, name="resolutions") if entry.name == "resolution" and are_several(entry.value) else entry
 
 
 def _resolve_undeclared(entry: Entry, spellings: Iterable[str], problems: list[str]) -> None:

@@ -41,6 +41,35 @@ def test_a_subset_may_have_a_metadata_file_instead_of_a_folder(model_flags):
     assert (dataset.subsets[0].image_dir, dataset.subsets[0].metadata_file) == (None, Path("meta.jsonl"))
 
 
+@pytest.mark.parametrize(
+    ("written", "sizes"),
+    [
+        ("[512, 768, 1024]", ((512, 512), (768, 768), (1024, 1024))),
+        ("[[512, 512], [768, 1024]]", ((512, 512), (768, 1024))),
+        ("[[832, 1216], 1024]", ((832, 1216), (1024, 1024))),
+        ("['512', '832,1216']", ((512, 512), (832, 1216))),
+        ("[512, 768]", ((512, 768),)),
+        ("['512', '768']", ((512, 768),)),
+        ("['512,768']", ((512, 768),)),
+        ("'512,768'", ((512, 768),)),
+        ("[[512, 768]]", ((512, 768),)),
+    ],
+)
+def test_a_resolution_that_can_only_be_several_is_several(model_flags, written, sizes):
+    (dataset,) = read_settings([*model_flags, *dataset_file(f"resolution = {written}")]).datasets
+    assert dataset.sizes == sizes
+
+
+def test_an_inner_resolution_wins_over_several_further_out(model_flags):
+    text = "[general]\nresolutions = [512, 768]\n" + "".join(
+        f"[[datasets]]\n{own}\n[[datasets.subsets]]\nimage_dir = 'train'\n" for own in
+        ("resolution = 640", "resolutions = [256, 384]", "batch_size = 2")
+    )  # fmt: skip
+    Path("d.toml").write_text(text)
+    found = [each.sizes for each in read_settings([*model_flags, "--dataset_config", "d.toml"]).datasets]
+    assert found == [((640, 640),), ((256, 256), (384, 384)), ((512, 512), (768, 768))]
+
+
 @pytest.mark.parametrize("resolutions", ["[512, 768]", '["512", 768]', "[[512, 512], [768, 768]]"])
 def test_several_resolutions(model_flags, resolutions):
     (dataset,) = read_settings([*model_flags, *dataset_file(f"resolutions = {resolutions}")]).datasets
@@ -87,7 +116,7 @@ def test_several_resolutions(model_flags, resolutions):
         ("", "face_crop_aug_range = [2, 4]", ["--cache_latents"],
          "d.toml:5: datasets.subsets.face_crop_aug_range: it changes pictures at each use, and cache_latents keeps one "
          "form: turn one of them off"),
-        ("resolution = [512, 768, 1024]", "", [], "several sizes go into resolutions"),
+        ("resolution = [512, 768, 'x']", "", [], "d.toml:2: datasets.resolution = [512, 768, 'x']: expected a side"),
         ("", "resolution = 512", [], "resolution does not belong here; put it under [general] or [[datasets]]"),
         ("metadata_file = 'm.json'", "", [], "metadata_file does not belong here; put it under [[datasets.subsets]]"),
     ],
