@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from library.anima_runtime.prompts import PromptRequest
 from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.sampling import denoise
 from library.console import show
-from tools.benchmark_cases import COMPILED, EAGER, BenchmarkTrainer, Case, forward_teraflops, ready_trainer
+from library.training.speed import SpeedSettings
+from tools.benchmark_cases import COMPILED, EAGER, FUSED, BenchmarkTrainer, Case, forward_teraflops, ready_trainer
 from tools.gpu_measures import ceilings, synchronize, used_memory
 from tools.make_tiny_anima import REAL, TINY, transformer_shapes
 
@@ -41,10 +42,10 @@ class SamplingCase:
     adapter: bool = True
     apart: bool = False
     recorded: bool = False
-    compiled: bool = False
+    speed: SpeedSettings = EAGER
 
 
-# base: without an adapter, as the first pictures of a run are.
+# base: without an adapter, as the first pictures of a run are. lora_fused_recorded: as a run's pictures are by default.
 CASES = {
     "base_apart": SamplingCase(adapter=False, apart=True),
     "base": SamplingCase(adapter=False),
@@ -52,8 +53,10 @@ CASES = {
     "lora_apart": SamplingCase(apart=True),
     "lora": SamplingCase(),
     "lora_recorded": SamplingCase(recorded=True),
-    "lora_compiled": SamplingCase(compiled=True),
-    "lora_compiled_recorded": SamplingCase(recorded=True, compiled=True),
+    "lora_fused": SamplingCase(speed=FUSED),
+    "lora_fused_recorded": SamplingCase(recorded=True, speed=FUSED),
+    "lora_compiled": SamplingCase(speed=COMPILED),
+    "lora_compiled_recorded": SamplingCase(recorded=True, speed=COMPILED),
 }
 
 
@@ -115,9 +118,9 @@ def _denoise_apart(
     return denoise(split, noise, contexts, request)
 
 
-def prepared(compiled: bool, device: torch.device, config: AnimaConfig) -> BenchmarkTrainer:
+def prepared(speed: SpeedSettings, device: torch.device, config: AnimaConfig) -> BenchmarkTrainer:
     """A trainer with a LoRA that changes something, ready to render."""
-    trainer = ready_trainer(Case(speed=COMPILED if compiled else EAGER), device, config)
+    trainer = ready_trainer(Case(speed=replace(speed, cuda_graphs=False)), device, config)
     generator = torch.Generator(trainer.device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in trainer.network.named_parameters():
@@ -146,13 +149,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = {} if arguments.tiny else {"gpu": torch.cuda.get_device_name(), **ceilings(device)}
     names = arguments.cases or list(CASES)
     first: dict[bool, torch.Tensor] = {}
-    trainer, is_compiled = None, None
+    trainer, speed = None, None
     for name in names:
         case = CASES[name]
-        if trainer is None or case.compiled != is_compiled:
-            trainer = None
+        if trainer is None or case.speed != speed:
+            trainer, speed = None, case.speed
             gc.collect()  # the last trainer refers to itself
-            trainer, is_compiled = prepared(case.compiled and not arguments.tiny, device, config), case.compiled
+            trainer = prepared(EAGER if arguments.tiny else speed, device, config)
         found, latents = benchmark(case, trainer, request, arguments.pictures)
         expected = first.setdefault(case.adapter, latents)
         found["distance"] = float((latents - expected).norm() / expected.norm())

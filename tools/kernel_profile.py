@@ -35,7 +35,7 @@ _KINDS = (
     ("exchange between GPUs", r"nccl"),
     ("optimizer, gradient sums and norms", r"multi_tensor_apply|_foreach|fused_adam|lpnorm|optimizer"),
     ("copies and casts", r"memcpy|memset|copy_|catarray|aten::(cat|clone|fill_|zero_)$"),
-    ("elementwise and norms", r"elementwise|norm|reduce|softmax|gelu|silu|index|aten::"),
+    ("elementwise and norms", r"elementwise|norm|reduce|softmax|gelu|silu|activate|sum_programs|index|aten::"),
     ("other", r""),
 )
 # A compiled kernel that only moves or casts has no other words than these in its name.

@@ -60,7 +60,9 @@ def render(
     Global random states stay as they are, and every module of the transformer gets its train or eval mode back.
     """
     with _eval_mode(transformer):
-        contexts = _encode_prompts(transformer, text_encoder, request, device, min_context_length)
+        # A compiled LLM adapter would be compiled for every prompt's length.
+        with torch.compiler.set_stance("force_eager"):
+            contexts = _encode_prompts(transformer, text_encoder, request, device, min_context_length)
         latents = denoise(forward or transformer, _initial_noise(vae, request).to(device), contexts, request)
     return _to_picture(vae.decode(latents))
 

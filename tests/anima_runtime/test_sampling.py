@@ -158,6 +158,21 @@ def test_the_model_may_be_called_another_way():
     assert not np.array_equal(other, picture(model, request))
 
 
+def test_the_context_is_made_uncompiled(monkeypatch):
+    """Prompts are of many lengths, each of which would be compiled for."""
+    compiled, model = [], RecordingModel(lambda latents, t, context: latents)
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.compile(backend=backend)
+    monkeypatch.setattr(model, "encode_context", torch.compile(model.encode_context, backend=backend))
+    picture(model, PromptRequest("cat", width=16, height=16, steps=1, cfg=1), forward=lambda latents, *_: latents)
+    assert compiled == []
+
+
 def test_a_seed_is_a_picture():
     model = RecordingModel(lambda latents, t, context: latents * t.reshape(-1, 1, 1, 1, 1))
     first, again, other = (

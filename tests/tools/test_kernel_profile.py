@@ -22,6 +22,8 @@ KERNELS = {
     "triton_poi_fused__scaled_dot_product_flash_attention_backward_mul_7": "elementwise and norms",
     "void at::native::vectorized_elementwise_kernel<4, AddFunctor>": "elementwise and norms",
     "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "exchange between GPUs",
+    "_gated_norm_backward": "elementwise and norms",
+    "_copy_all": "copies and casts",
     "something_new": "other",
 }
 
