@@ -83,7 +83,7 @@ class TrainingBatches:
     cache, if pictures are not to be loaded again. workers: loading processes; without them, and for cached latents,
     threads load ahead of training. persistent_workers keeps the processes between epochs. total_steps: the run's
     length, without which token_warmup_step holds no tags back. announce: called now and then with the captions of the
-    next steps, before those come.
+    next steps, before those come; each is announced once.
     """
 
     def __init__(
@@ -110,6 +110,9 @@ class TrainingBatches:
         self._world_size = world_size
         self._filled = filled
         self._announce = announce
+        self._total_steps = total_steps
+        # (epoch, step in it) up to which captions have been announced.
+        self._announced = (0, 0)
         self._dataset = _BatchDataset(pictures, seed, latents, total_steps)
         self._sampler = _PlanSampler()
         if workers and latents is not None:
@@ -131,16 +134,16 @@ class TrainingBatches:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[StepBatches]:
         """The epoch's steps from `first_step` on; skipped steps are not loaded."""
         plan = self._plan(epoch)
-        steps, own = plan[first_step:], self._own_entries(epoch, plan)[first_step:]
+        all_own = self._own_entries(epoch, plan)
+        steps, own = plan[first_step:], all_own[first_step:]
         self._sampler.entries = [entry for entries in own for entry in entries]
         if self._loader is None:
             loaded = _loaded_ahead(self._dataset, self._sampler.entries)
         else:
             loaded = _loaded_by_processes(self._loader)
-        announced = 0
-        for number, (step, entries) in enumerate(zip(steps, own, strict=True)):
-            if self._announce is not None and number == announced:
-                announced = self._announce_from(number, own)
+        for number, (step, entries) in enumerate(zip(steps, own, strict=True), first_step):
+            if self._announce is not None and (epoch, number) >= self._announced:
+                self._announced = self._announce_from(epoch, number, all_own)
             yield StepBatches([next(loaded) for _ in entries], step.sample_count)
 
     def captions(self, epoch: int) -> list[str]:
@@ -160,14 +163,24 @@ class TrainingBatches:
             for number, step in enumerate(plan)
         ]
 
-    def _announce_from(self, first: int, steps: Sequence[Sequence[_Entry]]) -> int:
-        """Announces the captions of some steps, and returns the step to go on from."""
-        captions, number = [], first
-        while number < len(steps) and len(captions) < _CAPTIONS_AHEAD:
+    def _announce_from(self, epoch: int, number: int, steps: Sequence[Sequence[_Entry]]) -> tuple[int, int]:
+        """Announces captions from a step of this epoch's on, and returns the epoch and step to go on from.
+
+        Of short epochs several at once, as far as the run goes: else an encoder would visit the GPU for a few captions
+        in each.
+        """
+        end = self._total_steps or (epoch + 1) * len(steps)
+        captions = []
+        while len(captions) < _CAPTIONS_AHEAD and epoch * len(steps) + number < end:
+            if number == len(steps):
+                if len(steps) > _CAPTIONS_AHEAD:  # planned again when it begins, which takes longer for a long one
+                    break
+                epoch, number = epoch + 1, 0
+                steps = self._own_entries(epoch, self._plan(epoch))
             captions += [caption for entry in steps[number] for caption in self._dataset.captions(entry)]
             number += 1
         self._announce(captions)
-        return number
+        return epoch, number
 
 
 class MeasuredBatches:

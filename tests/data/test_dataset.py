@@ -250,6 +250,20 @@ def test_captions_are_announced_before_their_steps(pictures, monkeypatch):
     assert everything[-len(used) :] == used and len(everything) == 14
 
 
+@pytest.mark.parametrize(("ahead", "calls"), [(512, 1), (20, 2), (3, 8)])
+def test_captions_of_short_epochs_are_announced_several_epochs_at_once(pictures, monkeypatch, ahead, calls):
+    """An epoch has 4 steps and 14 captions; the run ends after 9 steps."""
+    monkeypatch.setattr(dataset, "_CAPTIONS_AHEAD", ahead)
+    announced, used = [], []
+    loader = TrainingBatches(pictures, [2], seed=1, accumulation=2, total_steps=9, announce=announced.append)
+    for epoch, first_step in ((0, 1), (1, 0), (2, 0)):
+        for _, step in zip(range(1 if epoch == 2 else 4), loader.epoch(epoch, first_step), strict=False):
+            used += [caption for batch in step.batches for caption in batch.captions]
+            assert [caption for captions in announced for caption in captions][: len(used)] == used
+    assert [caption for captions in announced for caption in captions] == used
+    assert len(announced) == calls
+
+
 def test_the_number_of_tags_follows_from_the_step_wherever_a_run_goes_on(tmp_path, draw):
     for index in range(4):
         draw(f"p{index}", caption="one, two, three, four")
