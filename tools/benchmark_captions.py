@@ -74,7 +74,8 @@ def run_epochs(trainer: BenchmarkTrainer, pictures: Sequence[Picture], epochs: i
         encoded.extend(captions)
 
     latents = {(picture.key, False): made_up_latents(picture, trainer.config) for picture in pictures}
-    batches = TrainingBatches(pictures, [1], seed=0, latents=latents, announce=announce)
+    total = epochs * sum(picture.repeats for picture in pictures)
+    batches = TrainingBatches(pictures, [1], seed=0, latents=latents, total_steps=total, announce=announce)
     synchronize(trainer.device)
     started = time.perf_counter()
     for epoch in range(epochs):

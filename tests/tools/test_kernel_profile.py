@@ -1,9 +1,14 @@
 """The profile counts what is run: products with their work, and kernels by kind."""
 
+from types import SimpleNamespace
+from typing import NamedTuple
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.nn.functional import scaled_dot_product_attention
 
+from tools import kernel_profile
 from tools.kernel_profile import Call, Kernel, Product, kind_of, product_of, profile_step, thin_shares
 
 KERNELS = {
@@ -63,6 +68,61 @@ def test_a_kernel_that_serves_thin_and_large_products_is_shared_between_them():
         Call(large, (Kernel("b", 5.0),)),
     ]
     assert thin_shares(calls) == {"a": 0.25, "reduce": 1.0, "b": 0.0}
+
+
+def event(name, device_type, microseconds, shapes=(), kernels=()):
+    return SimpleNamespace(
+        name=name,
+        device_type=device_type,
+        time_range=SimpleNamespace(elapsed_us=lambda: microseconds),
+        input_shapes=list(map(list, shapes)),
+        kernels=[SimpleNamespace(name=name, duration=time) for name, time in kernels],
+        self_cpu_time_total=1.0,
+    )
+
+
+class Recorder(NamedTuple):
+    """Stands in for the profiler on a GPU."""
+
+    found: list
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def events(self):
+        return self.found
+
+
+def test_a_recorded_step_has_its_own_kernels_and_the_shapes_of_the_plain_one(monkeypatch):
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    replayed = [
+        event("cudaGraphLaunch", cpu, 5.0),
+        event("nvjet_big", cuda, 40.0),
+        event("triton_poi_fused_add_1", cuda, 20.0),
+        event("region", cpu, 100.0),
+        event("region", cuda, 99.0),
+    ]
+    plain = [
+        event("aten::mm", cpu, 3.0, [(4096, 2048), (2048, 2048)], [("nvjet_big", 30.0)]),
+        event("aten::mm", cpu, 3.0, [(4096, 2048), (2048, 16)], [("nvjet_big", 8.0), ("splitKreduce", 2.0)]),
+        event("nvjet_big", cuda, 30.0),
+    ]
+    recorders = iter([Recorder(replayed), Recorder(plain)])
+    monkeypatch.setattr(kernel_profile, "profile", lambda **_: next(recorders))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    report = profile_step(lambda: None, lambda: None, count=1)
+    assert report["busy_ms"] == 0.06 and report["kernels"] == 2
+    times = {entry["kind"]: entry["ms"] for entry in report["kinds"]}
+    assert times["large products"] == pytest.approx(0.04 * 30 / 38, abs=1e-3)
+    assert times["thin products (adapters, modulation)"] == pytest.approx(0.04 * 8 / 38, abs=1e-3)
+    assert times["elementwise and norms"] == 0.02
+    assert [(entry["shape"], entry["ms"]) for entry in report["products"]] == [
+        ([4096, 2048, 2048], 0.03), ([4096, 16, 2048], 0.01)
+    ]  # fmt: skip
 
 
 def test_each_product_of_a_step_is_found_with_its_work():
