@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from library.anima_runtime.block_ops import Sum
 from networks.lora import LoRA
 
-# Ranks are padded by zeros: matrix units take 16 of them at a time, and kernels 64, or a power of two below.
+# Ranks are padded by zeros to multiples of what matrix units take at a time.
 _LEAST_RANK = 16
 
 
@@ -37,6 +37,7 @@ class JointLinear:
         self.rank = _padded(largest)
         self.joint_rank = _padded(self.rank * len(linears))
         weight = linears[0].weight
+        self.up_t = weight.new_zeros(self.rank, self.out_features)
         self.storage = weight.new_zeros(self.out_features + self.joint_rank, self.in_features + self.joint_rank)
         for linear, start in zip(linears, self.starts, strict=True):
             place = self.storage[start : start + linear.out_features, : self.in_features]
@@ -48,14 +49,19 @@ class JointLinear:
         own = [(adapter.lora_down.weight, adapter.lora_up.weight) for adapter in self.adapters if adapter is not None]
         return [parameter for pair in own for parameter in pair]
 
-    @torch.no_grad()
-    def take_over(self) -> None:
-        """Brings the adapters' weights, as they now are, into the storage."""
+    def copies(self) -> list[tuple[Tensor, Tensor, float]]:
+        """What must be brought into the storage before `forward`: each adapter weight, its place, and its factor."""
+        found = []
         for number, adapter in enumerate(self.adapters):
             if adapter is not None:
                 down, up = self._places(number, adapter.rank)
-                down.copy_(adapter.lora_down.weight)
-                torch.mul(adapter.lora_up.weight, adapter.scale, out=up)
+                up_t = self.up_t[: adapter.rank, self.starts[number] :][:, : self.widths[number]]
+                found += [
+                    (adapter.lora_down.weight, down, 1.0),
+                    (adapter.lora_up.weight, up, adapter.scale),
+                    (adapter.lora_up.weight, up_t.t(), adapter.scale),
+                ]
+        return found
 
     def forward(self, x_NI: Tensor) -> list[Sum]:
         """Each Linear's output, with its adapter."""
@@ -68,8 +74,7 @@ class JointLinear:
                 continue
             first = number * self.rank
             hidden = y[:, self.out_features + first : self.out_features + first + self.rank]
-            _, up = self._places(number, self.rank)
-            sums.append(Sum(base, hidden, up.t()))
+            sums.append(Sum(base, hidden, self.up_t[:, start : start + width]))
         return sums
 
     def empty_gradients(self, count: int) -> list[Tensor]:
@@ -111,12 +116,13 @@ class JointLinear:
 
 
 def _padded(rank: int) -> int:
-    """The rank that is computed with: a multiple of 64, or a power of two from 16."""
-    if rank == 0:
-        return 0
-    return -(-rank // 64) * 64 if rank > 32 else max(_LEAST_RANK, 1 << (rank - 1).bit_length())
+    """The rank that is computed with."""
+    return -(-rank // _LEAST_RANK) * _LEAST_RANK
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 at least."""
-    return (a @ b).float() if a.dtype != torch.float64 else a @ b
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    widens = a.is_cuda and hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
+    return torch.mm(a, b, out_dtype=torch.float32) if widens else (a @ b).float()

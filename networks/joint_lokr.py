@@ -22,13 +22,12 @@ class JointLoKr:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self._adapters if adapter is not None for parameter in adapter.parameters()]
 
-    @torch.no_grad()
-    def take_over(self) -> None:
-        dtype = self._linears[0].weight.dtype
-        self._factors = [None if adapter is None else adapter.scaled_factors(dtype) for adapter in self._adapters]
+    def copies(self) -> list[tuple[Tensor, Tensor, float]]:
+        return []
 
     def forward(self, x_NI: Tensor) -> list[Sum]:
-        sums = []
+        dtype, sums = x_NI.dtype, []
+        self._factors = [None if adapter is None else adapter.scaled_factors(dtype) for adapter in self._adapters]
         for linear, factors in zip(self._linears, self._factors, strict=True):
             y_NO = x_NI @ linear.weight.t()
             sums.append(Sum(y_NO if factors is None else add_kronecker(y_NO, x_NI, *factors)))

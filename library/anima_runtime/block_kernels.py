@@ -8,188 +8,195 @@ a fixed order, so that two runs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from library.anima_runtime.attention import RotaryTables
-from library.anima_runtime.block_ops import Gated, Modulation, Normed, Sum
+from library.anima_runtime.block_ops import Gated, Modulation, ModulationSums, Normed, Sum
 
 _EPS = 1e-6
-# Rows a program, and columns it takes at a time.
-_ROWS, _COLUMNS = 16, 256
-_HEAD_ROWS = 32
-_TILE_ROWS, _TILE_COLUMNS = 64, 128
+# Rows a program takes at a time, columns or heads, its warps, and whether ranks are multiplied without matrix units;
+# measured on an H200 (docs/performance.md). PROGRAMS: of a launch, each of which takes rows again and again.
+NORM_LAUNCH = {"ROWS": 4, "num_warps": 8, "FMA": True}
+NORM_BACKWARD_LAUNCH = {"ROWS": 4, "num_warps": 8, "FMA": True, "PROGRAMS": 264}
+HEAD_LAUNCH = {"ROWS": 32, "HEADS": 4, "num_warps": 4, "FMA": False}
+HEAD_BACKWARD_LAUNCH = {"ROWS": 64, "HEADS": 2, "num_warps": 4, "FMA": False}
+ACTIVATION_LAUNCH = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "FMA": False}
+ACTIVATION_BACKWARD_LAUNCH = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "FMA": False}
+SUM_LAUNCH = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+_COPY_SIZE = 2048
 # Ranks are multiplied so many at a time; a matrix unit takes 16 at least.
 _LEAST_RANKS, _MOST_RANKS = 16, 64
 
 
 @triton.jit
-def _late(hidden, weight, rows, kept, columns, hidden_stride, rank_stride, column_stride, RANK: tl.constexpr,
-          RANKS: tl.constexpr):  # fmt: skip
-    """hidden [rows, RANK] @ weight [RANK, columns], RANKS at a time: float32."""
-    total = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+def _load_sum(
+    base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
+    RANK: tl.constexpr, RANKS: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    """base + hidden @ weight at these rows and columns: float32. RANKS are multiplied at a time."""
+    total = tl.load(base + rows[:, None] * base_stride + columns[None, :], mask=kept[:, None], other=0.0)
+    total = total.to(tl.float32)
     for first in tl.static_range(0, RANK, RANKS):
-        ranks = first + tl.arange(0, RANKS)
-        a = tl.load(hidden + rows[:, None] * hidden_stride + ranks[None, :], mask=kept[:, None], other=0.0)
-        b = tl.load(weight + ranks[:, None] * rank_stride + columns[None, :] * column_stride)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        if FMA:
+            for rank in tl.static_range(RANKS):
+                a = tl.load(hidden + rows * hidden_stride + (first + rank), mask=kept, other=0.0).to(tl.float32)
+                b = tl.load(weight + (first + rank) * rank_stride + columns * column_stride).to(tl.float32)
+                total += a[:, None] * b[None, :]
+        else:
+            ranks = first + tl.arange(0, RANKS)
+            a = tl.load(hidden + rows[:, None] * hidden_stride + ranks[None, :], mask=kept[:, None], other=0.0)
+            b = tl.load(weight + ranks[:, None] * rank_stride + columns[None, :] * column_stride)
+            total = tl.dot(a, b, total, input_precision="ieee")
     return total
 
 
 @triton.jit
 def _gated_norm(
     x, base, hidden, weight, hidden_stride, rank_stride, column_stride, gate, shift, scale,
-    x_out, normed, mean_out, rstd_out,
-    length, base_stride, gate_stride, modulation_stride, eps,
+    x_out, normed, mean_out, rstd_out, length, base_stride, gate_stride, modulation_stride, eps,
     WIDTH: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1)
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = places < length
     rows = sample.to(tl.int64) * length + places
-    total = tl.zeros((ROWS,), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
-    for first in range(0, WIDTH, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        here = rows[:, None] * WIDTH + columns[None, :]
-        value = tl.load(x + here, mask=kept[:, None], other=0.0).to(tl.float32)
-        if HAS_BRANCH:
-            branch = tl.load(base + rows[:, None] * base_stride + columns[None, :], mask=kept[:, None], other=0.0)
-            branch = branch.to(tl.float32)
-            if RANK > 0:
-                branch += _late(hidden, weight, rows, kept, columns, hidden_stride, rank_stride, column_stride, RANK,
-                                RANKS)  # fmt: skip
-            value += tl.load(gate + sample * gate_stride + columns).to(tl.float32)[None, :] * branch
-            rounded = value.to(x_out.dtype.element_ty)
-            tl.store(x_out + here, rounded, mask=kept[:, None])
-            value = rounded.to(tl.float32)
-        total += tl.sum(value, 1)
-        squares += tl.sum(value * value, 1)
+    columns = tl.arange(0, WIDTH)
+    here = rows[:, None] * WIDTH + columns[None, :]
+    value = tl.load(x + here, mask=kept[:, None], other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride,
+                           column_stride, RANK, RANKS, FMA)  # fmt: skip
+        value += tl.load(gate + sample * gate_stride + columns).to(tl.float32)[None, :] * branch
+        rounded = value.to(x_out.dtype.element_ty)
+        tl.store(x_out + here, rounded, mask=kept[:, None])
+        value = rounded.to(tl.float32)
     if HAS_NORM:
-        mean = total / WIDTH
-        rstd = tl.rsqrt(tl.maximum(squares / WIDTH - mean * mean, 0.0) + eps)
+        mean = tl.sum(value, 1) / WIDTH
+        value -= mean[:, None]
+        rstd = tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)
         tl.store(mean_out + rows, mean, mask=kept)
         tl.store(rstd_out + rows, rstd, mask=kept)
-        tl.debug_barrier()  # what this program's other threads have written is read below
-        for first in range(0, WIDTH, COLUMNS):
-            columns = first + tl.arange(0, COLUMNS)
-            here = rows[:, None] * WIDTH + columns[None, :]
-            if HAS_BRANCH:
-                value = tl.load(x_out + here, mask=kept[:, None], other=0.0).to(tl.float32)
-            else:
-                value = tl.load(x + here, mask=kept[:, None], other=0.0).to(tl.float32)
-            up = tl.load(scale + sample * modulation_stride + columns).to(tl.float32)
-            add = tl.load(shift + sample * modulation_stride + columns).to(tl.float32)
-            value = (value - mean[:, None]) * rstd[:, None] * (1.0 + up[None, :]) + add[None, :]
-            tl.store(normed + here, value.to(normed.dtype.element_ty), mask=kept[:, None])
+        up = 1.0 + tl.load(scale + sample * modulation_stride + columns).to(tl.float32)
+        add = tl.load(shift + sample * modulation_stride + columns).to(tl.float32)
+        value = value * rstd[:, None] * up[None, :] + add[None, :]
+        tl.store(normed + here, value.to(normed.dtype.element_ty), mask=kept[:, None])
 
 
 @triton.jit
 def _gated_norm_backward(
     dx, dnormed, dhidden, dweight, dhidden_stride, drank_stride, dcolumn_stride, x, mean_in, rstd_in, scale,
     base, hidden, weight, hidden_stride, rank_stride, column_stride, gate, dx_out, dbranch, partial,
-    length, dnormed_stride, modulation_stride, base_stride, gate_stride,
+    length, dnormed_stride, modulation_stride, base_stride, gate_stride, slots, norm_slot, gate_slot,
     WIDTH: tl.constexpr, DRANK: tl.constexpr, DRANKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, MODULATION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, MODULATION: tl.constexpr, ROWS: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1)
-    places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = places < length
-    rows = sample.to(tl.int64) * length + places
-    program = (sample * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    columns = tl.arange(0, WIDTH)
     if HAS_NORM:
-        mean = tl.load(mean_in + rows, mask=kept, other=0.0)
-        rstd = tl.load(rstd_in + rows, mask=kept, other=0.0)
-        total = tl.zeros((ROWS,), tl.float32)
-        along = tl.zeros((ROWS,), tl.float32)
-        for first in range(0, WIDTH, COLUMNS):
-            columns = first + tl.arange(0, COLUMNS)
-            here = rows[:, None] * WIDTH + columns[None, :]
-            d = tl.load(dnormed + rows[:, None] * dnormed_stride + columns[None, :], mask=kept[:, None], other=0.0)
-            d = d.to(tl.float32)
-            if DRANK > 0:
-                d += _late(dhidden, dweight, rows, kept, columns, dhidden_stride, drank_stride, dcolumn_stride, DRANK,
-                           DRANKS)  # fmt: skip
-            unit = tl.load(x + here, mask=kept[:, None], other=0.0).to(tl.float32)
-            unit = (unit - mean[:, None]) * rstd[:, None]
-            if MODULATION:
-                tl.store(partial + program * 3 * WIDTH + columns, tl.sum(d, 0))
-                tl.store(partial + (program * 3 + 1) * WIDTH + columns, tl.sum(d * unit, 0))
-            d *= 1.0 + tl.load(scale + sample * modulation_stride + columns).to(tl.float32)[None, :]
-            total += tl.sum(d, 1)
-            along += tl.sum(d * unit, 1)
-        total /= WIDTH
-        along /= WIDTH
-    for first in range(0, WIDTH, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
+        up = 1.0 + tl.load(scale + sample * modulation_stride + columns).to(tl.float32)
+    if HAS_BRANCH:
+        opening = tl.load(gate + sample * gate_stride + columns).to(tl.float32)
+    dshift = tl.zeros((WIDTH,), tl.float32)
+    dscale = tl.zeros((WIDTH,), tl.float32)
+    dgate = tl.zeros((WIDTH,), tl.float32)
+    for first in range(tl.program_id(0) * ROWS, length, tl.num_programs(0) * ROWS):
+        places = first + tl.arange(0, ROWS)
+        kept = places < length
+        rows = sample.to(tl.int64) * length + places
         here = rows[:, None] * WIDTH + columns[None, :]
         value = tl.load(dx + here, mask=kept[:, None], other=0.0).to(tl.float32)
         if HAS_NORM:
-            d = tl.load(dnormed + rows[:, None] * dnormed_stride + columns[None, :], mask=kept[:, None], other=0.0)
-            d = d.to(tl.float32)
-            if DRANK > 0:
-                d += _late(dhidden, dweight, rows, kept, columns, dhidden_stride, drank_stride, dcolumn_stride, DRANK,
-                           DRANKS)  # fmt: skip
             unit = tl.load(x + here, mask=kept[:, None], other=0.0).to(tl.float32)
+            mean = tl.load(mean_in + rows, mask=kept, other=0.0)
+            rstd = tl.load(rstd_in + rows, mask=kept, other=0.0)
             unit = (unit - mean[:, None]) * rstd[:, None]
-            d *= 1.0 + tl.load(scale + sample * modulation_stride + columns).to(tl.float32)[None, :]
-            value += rstd[:, None] * (d - total[:, None] - unit * along[:, None])
+            d = _load_sum(dnormed, dhidden, dweight, rows, kept, columns, dnormed_stride, dhidden_stride, drank_stride,
+                          dcolumn_stride, DRANK, DRANKS, FMA)  # fmt: skip
+            if MODULATION:
+                dshift += tl.sum(d, 0)
+                dscale += tl.sum(d * unit, 0)
+            d *= up[None, :]
+            across = tl.sum(d, 1) / WIDTH
+            along = tl.sum(d * unit, 1) / WIDTH
+            value += rstd[:, None] * (d - across[:, None] - unit * along[:, None])
             tl.store(dx_out + here, value.to(dx_out.dtype.element_ty), mask=kept[:, None])
         if HAS_BRANCH:
-            opening = tl.load(gate + sample * gate_stride + columns).to(tl.float32)
             tl.store(dbranch + here, (value * opening[None, :]).to(dbranch.dtype.element_ty), mask=kept[:, None])
             if MODULATION:
-                branch = tl.load(base + rows[:, None] * base_stride + columns[None, :], mask=kept[:, None], other=0.0)
-                branch = branch.to(tl.float32)
-                if RANK > 0:
-                    branch += _late(hidden, weight, rows, kept, columns, hidden_stride, rank_stride, column_stride,
-                                    RANK, RANKS)  # fmt: skip
-                tl.store(partial + (program * 3 + 2) * WIDTH + columns, tl.sum(value * branch, 0))
+                branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride,
+                                   column_stride, RANK, RANKS, FMA)  # fmt: skip
+                dgate += tl.sum(value * branch, 0)
+    if MODULATION:
+        sums = partial + (sample * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * slots * WIDTH
+        if HAS_NORM:
+            tl.store(sums + norm_slot * WIDTH + columns, dshift)
+            tl.store(sums + (norm_slot + 1) * WIDTH + columns, dscale)
+        if HAS_BRANCH:
+            tl.store(sums + gate_slot * WIDTH + columns, dgate)
 
 
 @triton.jit
-def _load_half(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
-               RANK: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
-    value = tl.load(base + rows[:, None] * base_stride + columns[None, :], mask=kept[:, None], other=0.0)
-    value = value.to(tl.float32)
-    if RANK > 0:
-        value += _late(hidden, weight, rows, kept, columns, hidden_stride, rank_stride, column_stride, RANK, RANKS)
-    return value
+def _sum_programs(partial, out, programs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    start = partial + tl.program_id(1).to(tl.int64) * programs * width
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for first in range(0, programs, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        kept = (rows < programs)[:, None] & (columns < width)[None, :]
+        total += tl.sum(tl.load(start + rows[:, None] * width + columns[None, :], mask=kept, other=0.0), 0)
+    tl.store(out + tl.program_id(1) * width + columns, total, mask=columns < width)
+
+
+@triton.jit
+def _load_head(
+    base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride, column_stride,
+    HALF: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    """The first and second half of a head's columns."""
+    a = _load_sum(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride, column_stride,
+                  RANK, RANKS, FMA)  # fmt: skip
+    b = _load_sum(base, hidden, weight, rows, kept, first + HALF, base_stride, hidden_stride, rank_stride,
+                  column_stride, RANK, RANKS, FMA)  # fmt: skip
+    return a, b
 
 
 @triton.jit
 def _head_norm(
     base, hidden, weight, hidden_stride, rank_stride, column_stride, norm, cos, sin, out,
-    count, length, base_stride, eps, WIDTH: tl.constexpr,
-    HALF: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr,
-    ROWS: tl.constexpr,
+    count, length, base_stride, eps, WIDTH: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr,
+    RANKS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = places < count
     rows = places.to(tl.int64)
     half = tl.arange(0, HALF)
-    first = tl.program_id(1) * 2 * HALF + half
-    a = _load_half(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride, column_stride,
-                   RANK, RANKS)  # fmt: skip
-    b = _load_half(base, hidden, weight, rows, kept, first + HALF, base_stride, hidden_stride, rank_stride,
-                   column_stride, RANK, RANKS)  # fmt: skip
-    if HAS_NORM:
-        rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
-        a *= rstd[:, None] * tl.load(norm + half)[None, :]
-        b *= rstd[:, None] * tl.load(norm + HALF + half)[None, :]
     if HAS_ROTARY:
         angle = (places % length)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle)
         s = tl.load(sin + angle)
-        turned = a * c - b * s
-        b = b * c + a * s
-        a = turned
-    tl.store(out + rows[:, None] * WIDTH + first[None, :], a.to(out.dtype.element_ty), mask=kept[:, None])
-    tl.store(out + rows[:, None] * WIDTH + first[None, :] + HALF, b.to(out.dtype.element_ty), mask=kept[:, None])
+    for head in tl.static_range(HEADS):
+        first = (tl.program_id(1) * HEADS + head) * 2 * HALF + half
+        a, b = _load_head(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride,
+                          column_stride, HALF, RANK, RANKS, FMA)  # fmt: skip
+        if HAS_NORM:
+            rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
+            a *= rstd[:, None] * tl.load(norm + half)[None, :]
+            b *= rstd[:, None] * tl.load(norm + HALF + half)[None, :]
+        if HAS_ROTARY:
+            turned = a * c - b * s
+            b = b * c + a * s
+            a = turned
+        there = rows[:, None] * WIDTH + first[None, :]
+        tl.store(out + there, a.to(out.dtype.element_ty), mask=kept[:, None])
+        tl.store(out + there + HALF, b.to(out.dtype.element_ty), mask=kept[:, None])
 
 
 @triton.jit
@@ -197,56 +204,84 @@ def _head_norm_backward(
     dout, base, hidden, weight, hidden_stride, rank_stride, column_stride, norm, cos, sin, dbase, partial,
     count, length, dout_stride, base_stride, dbase_stride, eps,
     HALF: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HAS_ROTARY: tl.constexpr, WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, HEADS: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     kept = places < count
     rows = places.to(tl.int64)
     half = tl.arange(0, HALF)
-    first = tl.program_id(1) * 2 * HALF + half
-    a = _load_half(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride, column_stride,
-                   RANK, RANKS)  # fmt: skip
-    b = _load_half(base, hidden, weight, rows, kept, first + HALF, base_stride, hidden_stride, rank_stride,
-                   column_stride, RANK, RANKS)  # fmt: skip
-    rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
-    a *= rstd[:, None]
-    b *= rstd[:, None]
-    here = rows[:, None] * dout_stride + first[None, :]
-    da = tl.load(dout + here, mask=kept[:, None], other=0.0).to(tl.float32)
-    db = tl.load(dout + here + HALF, mask=kept[:, None], other=0.0).to(tl.float32)
+    norm_a = tl.load(norm + half)[None, :]
+    norm_b = tl.load(norm + HALF + half)[None, :]
+    sum_a = tl.zeros((HALF,), tl.float32)
+    sum_b = tl.zeros((HALF,), tl.float32)
     if HAS_ROTARY:
         angle = (places % length)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle)
         s = tl.load(sin + angle)
-        turned = da * c + db * s
-        db = db * c - da * s
-        da = turned
+    for head in tl.static_range(HEADS):
+        first = (tl.program_id(1) * HEADS + head) * 2 * HALF + half
+        a, b = _load_head(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride,
+                          column_stride, HALF, RANK, RANKS, FMA)  # fmt: skip
+        here = rows[:, None] * dout_stride + first[None, :]
+        da = tl.load(dout + here, mask=kept[:, None], other=0.0).to(tl.float32)
+        db = tl.load(dout + here + HALF, mask=kept[:, None], other=0.0).to(tl.float32)
+        rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
+        a *= rstd[:, None]
+        b *= rstd[:, None]
+        if HAS_ROTARY:
+            turned = da * c + db * s
+            db = db * c - da * s
+            da = turned
+        if WEIGHT:
+            sum_a += tl.sum(da * a, 0)
+            sum_b += tl.sum(db * b, 0)
+        da *= norm_a
+        db *= norm_b
+        along = (tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * HALF)
+        da = rstd[:, None] * (da - a * along[:, None])
+        db = rstd[:, None] * (db - b * along[:, None])
+        there = rows[:, None] * dbase_stride + first[None, :]
+        tl.store(dbase + there, da.to(dbase.dtype.element_ty), mask=kept[:, None])
+        tl.store(dbase + there + HALF, db.to(dbase.dtype.element_ty), mask=kept[:, None])
     if WEIGHT:
-        program = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-        tl.store(partial + program * 2 * HALF + half, tl.sum(da * a, 0))
-        tl.store(partial + program * 2 * HALF + HALF + half, tl.sum(db * b, 0))
-    da *= tl.load(norm + half)[None, :]
-    db *= tl.load(norm + HALF + half)[None, :]
-    along = (tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * HALF)
-    da = rstd[:, None] * (da - a * along[:, None])
-    db = rstd[:, None] * (db - b * along[:, None])
-    there = rows[:, None] * dbase_stride + first[None, :]
-    tl.store(dbase + there, da.to(dbase.dtype.element_ty), mask=kept[:, None])
-    tl.store(dbase + there + HALF, db.to(dbase.dtype.element_ty), mask=kept[:, None])
+        sums = partial + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 2 * HALF
+        tl.store(sums + half, sum_a)
+        tl.store(sums + HALF + half, sum_b)
+
+
+@triton.jit
+def _normal(u):
+    """(the standard normal distribution up to u, its density at u, times sqrt(2 pi)).
+
+    Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26; its error of 7.5e-8 is far below bf16's
+    rounding, and one exponential serves both, where libdevice's erf alone takes longer than the memory.
+    """
+    density = tl.exp(-0.5 * u * u)
+    t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(u))
+    series = 1.061405429
+    series = series * t - 1.453152027
+    series = series * t + 1.421413741
+    series = series * t - 0.284496736
+    series = series * t + 0.254829592
+    above = 0.5 * series * t * density
+    return tl.where(u > 0, 1.0 - above, above), density
 
 
 @triton.jit
 def _activate(
     base, hidden, weight, hidden_stride, rank_stride, column_stride, out, count, width, base_stride,
     RANK: tl.constexpr, RANKS: tl.constexpr, HAS_GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kept = rows < count
-    u = _load_half(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
-                   RANK, RANKS)  # fmt: skip
+    u = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
+                   RANK, RANKS, FMA)  # fmt: skip
     if HAS_GELU:
-        u = 0.5 * u * (1.0 + tl.math.erf(u * 0.7071067811865476))
+        below, _ = _normal(u)
+        u *= below
     tl.store(out + rows[:, None] * width + columns[None, :], u.to(out.dtype.element_ty), mask=kept[:, None])
 
 
@@ -256,17 +291,62 @@ def _gelu_backward(
     base, hidden, weight, hidden_stride, rank_stride, column_stride, dbase, count, width, dout_stride, base_stride,
     DRANK: tl.constexpr, DRANKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kept = rows < count
-    d = _load_half(dout, dhidden, dweight, rows, kept, columns, dout_stride, dhidden_stride, drank_stride,
-                   dcolumn_stride, DRANK, DRANKS)  # fmt: skip
-    u = _load_half(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
-                   RANK, RANKS)  # fmt: skip
-    slope = 0.5 * (1.0 + tl.math.erf(u * 0.7071067811865476)) + u * 0.3989422804014327 * tl.exp(-0.5 * u * u)
+    d = _load_sum(dout, dhidden, dweight, rows, kept, columns, dout_stride, dhidden_stride, drank_stride,
+                   dcolumn_stride, DRANK, DRANKS, FMA)  # fmt: skip
+    u = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
+                   RANK, RANKS, FMA)  # fmt: skip
+    below, density = _normal(u)
+    slope = below + u * density * 0.3989422804014327
     here = rows[:, None] * width + columns[None, :]
     tl.store(dbase + here, (d * slope).to(dbase.dtype.element_ty), mask=kept[:, None])
+
+
+@triton.jit
+def _copy_all(sources, places, widths, row_strides, column_strides, sizes, factors, places_like, SIZE: tl.constexpr):
+    number = tl.program_id(0)
+    size = tl.load(sizes + number)
+    first = tl.program_id(1) * SIZE
+    if first < size:
+        width = tl.load(widths + number)
+        source = tl.load(sources + number).to(tl.pointer_type(tl.float32))
+        place = tl.load(places + number).to(tl.pointer_type(places_like.dtype.element_ty))
+        here = first + tl.arange(0, SIZE)
+        value = tl.load(source + here, mask=here < size, other=0.0) * tl.load(factors + number)
+        there = here // width * tl.load(row_strides + number) + here % width * tl.load(column_strides + number)
+        tl.store(place + there, value.to(places_like.dtype.element_ty), mask=here < size)
+
+
+class CopyPlan(NamedTuple):
+    """Addresses of the sources when the tables were made, and the tables."""
+
+    addresses: tuple[int, ...]
+    tables: tuple[Tensor, ...]
+    programs: int
+
+
+def copy_all(copies: Sequence[tuple[Tensor, Tensor, float]], plan: CopyPlan | None) -> CopyPlan:
+    """See `block_ops.ManyCopies`. Sources are contiguous float32. Returns the plan for the next time."""
+    addresses = tuple(source.data_ptr() for source, _, _ in copies)
+    if plan is None or plan.addresses != addresses:
+        sources, places, factors = zip(*copies, strict=True)
+        device = places[0].device
+        columns = (
+            addresses,
+            [place.data_ptr() for place in places],
+            [source.shape[1] for source in sources],
+            [place.stride(0) for place in places],
+            [place.stride(1) for place in places],
+            [source.numel() for source in sources],
+        )
+        tables = (*(torch.tensor(column, device=device) for column in columns), torch.tensor(factors, device=device))
+        plan = CopyPlan(addresses, tables, triton.cdiv(max(columns[-1]), _COPY_SIZE))
+    _copy_all[(len(copies), plan.programs)](*plan.tables, copies[0][1], SIZE=_COPY_SIZE, num_warps=4)
+    return plan
 
 
 def _late_arguments(x: Sum) -> tuple[Tensor, Tensor, int, int, int, int]:
@@ -292,11 +372,11 @@ def gated_norm(x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None
     if modulation is not None:
         normed = Normed(torch.empty_like(x_BLD), *x_BLD.new_empty(2, samples * length, dtype=torch.float32))
     rank, ranks = _ranks(branch)
-    _gated_norm[(triton.cdiv(length, _ROWS), samples)](
+    _gated_norm[(triton.cdiv(length, NORM_LAUNCH["ROWS"]), samples)](
         x_BLD, branch.base_NK, *_late_arguments(branch), gate, shift, scale, x_out, *normed,
         length, branch.base_NK.stride(0), gate.stride(0), scale.stride(0), _EPS,
         WIDTH=width, RANK=rank, RANKS=ranks, HAS_BRANCH=gated is not None, HAS_NORM=modulation is not None,
-        ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8,
+        **NORM_LAUNCH,
     )  # fmt: skip
     return x_out, None if modulation is None else normed
 
@@ -308,8 +388,8 @@ def gated_norm_backward(
     normed: Normed | None,
     modulation: Modulation | None,
     gated: Gated | None,
-    wants_modulation: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    sums: ModulationSums | None,
+) -> tuple[Tensor, Tensor | None]:
     """See `block_ops.gated_norm_backward`."""
     samples, length, width = dx_BLD.shape
     nothing = Sum(dx_BLD.flatten(0, 1))
@@ -319,19 +399,34 @@ def gated_norm_backward(
     scale = dx_BLD if modulation is None else modulation.scale_BD
     dx_out = dx_BLD if dnormed is None else torch.empty_like(dx_BLD)
     dbranch = dx_BLD if gated is None else dx_BLD.new_empty(samples * length, width)
-    programs, partial = triton.cdiv(length, _ROWS), dx_BLD
-    if wants_modulation:
-        new = torch.zeros if dnormed is None or gated is None else torch.empty
-        partial = new(samples, programs, 3, width, device=dx_BLD.device, dtype=torch.float32)
+    partial, norm_slot, gate_slot = sums or (dx_BLD, 0, 0)
     (drank, dranks), (rank, ranks) = _ranks(d), _ranks(branch)
-    _gated_norm_backward[(programs, samples)](
+    launch = dict(NORM_BACKWARD_LAUNCH)
+    del launch["PROGRAMS"]
+    _gated_norm_backward[(modulation_programs(samples, length), samples)](
         dx_BLD, d.base_NK, *_late_arguments(d), x_BLD, mean, rstd, scale, branch.base_NK, *_late_arguments(branch),
         gate, dx_out, dbranch, partial,
         length, d.base_NK.stride(0), scale.stride(0), branch.base_NK.stride(0), gate.stride(0),
+        partial.shape[-2], norm_slot, gate_slot,
         WIDTH=width, DRANK=drank, DRANKS=dranks, RANK=rank, RANKS=ranks, HAS_BRANCH=gated is not None,
-        HAS_NORM=dnormed is not None, MODULATION=wants_modulation, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=8,
+        HAS_NORM=dnormed is not None, MODULATION=sums is not None, **launch,
     )  # fmt: skip
-    return dx_out, None if gated is None else dbranch, partial.sum(1) if wants_modulation else None
+    return dx_out, None if gated is None else dbranch
+
+
+def modulation_programs(samples: int, length: int) -> int:
+    """How many partial sums `gated_norm_backward` leaves for each sample."""
+    most = max(1, NORM_BACKWARD_LAUNCH["PROGRAMS"] // samples)
+    return min(most, triton.cdiv(length, NORM_BACKWARD_LAUNCH["ROWS"]))
+
+
+def sum_programs(partial_BPK: Tensor) -> Tensor:
+    """The sum over P, in a fixed order: [B, K]."""
+    samples, programs, width = partial_BPK.shape
+    out = partial_BPK.new_empty(samples, width)
+    grid = (triton.cdiv(width, SUM_LAUNCH["COLUMNS"]), samples)
+    _sum_programs[grid](partial_BPK, out, programs, width, **SUM_LAUNCH)
+    return out
 
 
 def head_norm(x: Sum, weight_D: Tensor | None, rotary: RotaryTables | None, length: int, head_size: int) -> Tensor:
@@ -340,10 +435,10 @@ def head_norm(x: Sum, weight_D: Tensor | None, rotary: RotaryTables | None, leng
     count, width = base.shape
     out = base.new_empty(count, width)
     rank, ranks = _ranks(x)
-    _head_norm[(triton.cdiv(count, _HEAD_ROWS), width // head_size)](
+    _head_norm[_head_grid(count, width // head_size, HEAD_LAUNCH)](
         base, *_late_arguments(x), base if weight_D is None else weight_D, *(rotary or (base, base)), out,
         count, length, base.stride(0), _EPS, WIDTH=width, HALF=head_size // 2, RANK=rank, RANKS=ranks,
-        HAS_NORM=weight_D is not None, HAS_ROTARY=rotary is not None, ROWS=_HEAD_ROWS, num_warps=4,
+        HAS_NORM=weight_D is not None, HAS_ROTARY=rotary is not None, **HEAD_LAUNCH,
     )  # fmt: skip
     return out
 
@@ -361,7 +456,7 @@ def head_norm_backward(
     """See `block_ops.head_norm_backward`."""
     base = x.base_NK
     count, width = base.shape
-    grid, partial = (triton.cdiv(count, _HEAD_ROWS), width // head_size), base
+    grid, partial = _head_grid(count, width // head_size, HEAD_BACKWARD_LAUNCH), base
     if wants_weight:
         partial = base.new_empty(grid[0] * grid[1], head_size, dtype=torch.float32)
     rank, ranks = _ranks(x)
@@ -369,9 +464,17 @@ def head_norm_backward(
         dout_NE, base, *_late_arguments(x), weight_D, *(rotary or (base, base)), dx_NE, partial,
         count, length, dout_NE.stride(0), base.stride(0), dx_NE.stride(0), _EPS,
         HALF=head_size // 2, RANK=rank, RANKS=ranks, HAS_ROTARY=rotary is not None, WEIGHT=wants_weight,
-        ROWS=_HEAD_ROWS, num_warps=4,
+        **HEAD_BACKWARD_LAUNCH,
     )  # fmt: skip
-    return partial.sum(0) if wants_weight else None
+    return sum_programs(partial[None])[0] if wants_weight else None
+
+
+def _head_grid(count: int, heads: int, launch: dict[str, int]) -> tuple[int, int]:
+    return triton.cdiv(count, launch["ROWS"]), heads // launch["HEADS"]
+
+
+def _tile_grid(count: int, width: int, launch: dict[str, int]) -> tuple[int, int]:
+    return width // launch["COLUMNS"], triton.cdiv(count, launch["ROWS"])
 
 
 def activate(x: Sum, has_gelu: bool) -> Tensor:
@@ -379,9 +482,9 @@ def activate(x: Sum, has_gelu: bool) -> Tensor:
     count, width = x.base_NK.shape
     out = x.base_NK.new_empty(count, width)
     rank, ranks = _ranks(x)
-    _activate[(width // _TILE_COLUMNS, triton.cdiv(count, _TILE_ROWS))](
+    _activate[_tile_grid(count, width, ACTIVATION_LAUNCH)](
         x.base_NK, *_late_arguments(x), out, count, width, x.base_NK.stride(0),
-        RANK=rank, RANKS=ranks, HAS_GELU=has_gelu, ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS, num_warps=8,
+        RANK=rank, RANKS=ranks, HAS_GELU=has_gelu, **ACTIVATION_LAUNCH,
     )  # fmt: skip
     return out
 
@@ -391,10 +494,10 @@ def gelu_backward(dout: Sum, x: Sum) -> Tensor:
     count, width = x.base_NK.shape
     out = x.base_NK.new_empty(count, width)
     (drank, dranks), (rank, ranks) = _ranks(dout), _ranks(x)
-    _gelu_backward[(width // _TILE_COLUMNS, triton.cdiv(count, _TILE_ROWS))](
+    _gelu_backward[_tile_grid(count, width, ACTIVATION_BACKWARD_LAUNCH)](
         dout.base_NK, *_late_arguments(dout), x.base_NK, *_late_arguments(x), out,
         count, width, dout.base_NK.stride(0), x.base_NK.stride(0),
         DRANK=drank, DRANKS=dranks, RANK=rank, RANKS=ranks,
-        ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS, num_warps=8,
+        **ACTIVATION_BACKWARD_LAUNCH,
     )  # fmt: skip
     return out

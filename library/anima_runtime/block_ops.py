@@ -7,6 +7,7 @@ Rows N are the tokens of all samples, one after another. Statistics and sums are
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -52,6 +53,17 @@ class Gated(NamedTuple):
     gate_BD: Tensor
 
 
+class ModulationSums(NamedTuple):
+    """Where gradients of modulations go: partial sums [B, P, slots, D], from which `summed` makes gradients.
+
+    shift and scale take norm_slot and the one behind it, the gate gate_slot.
+    """
+
+    partial_BPSD: Tensor
+    norm_slot: int
+    gate_slot: int
+
+
 class Modulation(NamedTuple):
     """What a LayerNorm's result is changed by: result * (1 + scale) + shift, each [B, D]."""
 
@@ -83,31 +95,46 @@ def gated_norm_backward(
     normed: Normed | None,
     modulation: Modulation | None,
     gated: Gated | None,
-    wants_modulation: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    sums: ModulationSums | None,
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of what went into `gated_norm`, which returned x and normed.
 
-    dx, dnormed: of its results. Returns those of the x that went in [B, L, D], of the branch [N, D], and, if wanted,
-    of shift, scale and gate [B, 3, D], zero for what was left out.
+    dx, dnormed: of its results. Returns those of the x that went in [B, L, D] and of the branch [N, D]; those of
+    shift, scale and gate go to `sums`, where they are wanted.
     """
     if dx_BLD.is_cuda:
-        return _kernels().gated_norm_backward(dx_BLD, dnormed, x_BLD, normed, modulation, gated, wants_modulation)
+        return _kernels().gated_norm_backward(dx_BLD, dnormed, x_BLD, normed, modulation, gated, sums)
     wide = _wide(dx_BLD)
-    dmodulation = wide.new_zeros(len(wide), 3, wide.shape[-1]) if wants_modulation else None
     if dnormed is not None:
-        unit = (_wide(x_BLD) - normed.mean_N.view(*wide.shape[:2], 1)) * normed.rstd_N.view(*wide.shape[:2], 1)
+        rstd = normed.rstd_N.view(*wide.shape[:2], 1)
+        unit = (_wide(x_BLD) - normed.mean_N.view(*wide.shape[:2], 1)) * rstd
         d = dnormed.total().view_as(wide)
-        if wants_modulation:
-            dmodulation[:, 0], dmodulation[:, 1] = d.sum(1), (d * unit).sum(1)
+        if sums is not None:
+            sums.partial_BPSD[:, 0, sums.norm_slot] = d.sum(1)
+            sums.partial_BPSD[:, 0, sums.norm_slot + 1] = (d * unit).sum(1)
         d = d * (1 + _wide(modulation.scale_BD)[:, None])
         across, along = d.mean(-1, keepdim=True), (d * unit).mean(-1, keepdim=True)
-        wide = wide + normed.rstd_N.view(*wide.shape[:2], 1) * (d - across - unit * along)
+        wide = wide + rstd * (d - across - unit * along)
     dbranch = None
     if gated is not None:
-        if wants_modulation:
-            dmodulation[:, 2] = (wide * gated.branch.total().view_as(wide)).sum(1)
+        if sums is not None:
+            sums.partial_BPSD[:, 0, sums.gate_slot] = (wide * gated.branch.total().view_as(wide)).sum(1)
         dbranch = (wide * _wide(gated.gate_BD)[:, None]).flatten(0, 1).to(dx_BLD.dtype)
-    return wide.to(dx_BLD.dtype), dbranch, dmodulation
+    return wide.to(dx_BLD.dtype), dbranch
+
+
+def empty_sums(x_BLD: Tensor, slots: int) -> Tensor:
+    """Partial sums for `gated_norm_backward` of such x, [B, P, slots, D]; every slot must be written."""
+    samples, length, width = x_BLD.shape
+    programs = _kernels().modulation_programs(samples, length) if x_BLD.is_cuda else 1
+    dtype = torch.float64 if x_BLD.dtype == torch.float64 else torch.float32
+    return x_BLD.new_empty(samples, programs, slots, width, dtype=dtype)
+
+
+def summed(partial_BPSD: Tensor) -> Tensor:
+    """The sums [B, slots * D] of partial sums."""
+    partial_BPK = partial_BPSD.flatten(2)
+    return _kernels().sum_programs(partial_BPK) if partial_BPK.is_cuda else partial_BPK.sum(1)
 
 
 def head_norm(x: Sum, weight_D: Tensor | None, rotary: RotaryTables | None, length: int, head_size: int) -> Tensor:
@@ -171,6 +198,23 @@ def added(x: Sum) -> Tensor:
     if x.base_NK.is_cuda:
         return _kernels().activate(x, has_gelu=False)
     return x.total().to(x.base_NK.dtype)
+
+
+class ManyCopies:
+    """Copies of matrices, times a factor, into places of another dtype: (source, place, factor) each."""
+
+    def __init__(self, copies: Sequence[tuple[Tensor, Tensor, float]]) -> None:
+        self._copies = copies
+        self._plan = None
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Copies what the sources, which lie where they are, now hold."""
+        if self._copies and self._copies[0][1].is_cuda:
+            self._plan = _kernels().copy_all(self._copies, self._plan)
+            return
+        for source, place, factor in self._copies:
+            torch.mul(source, factor, out=place)
 
 
 def _wide(x: Tensor) -> Tensor:
