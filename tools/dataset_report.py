@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from library.anima_runtime.tokenizers import load_t5_tokenizer
+from library.anima_runtime.tokenizers import load_t5_tokenizer, plan_t5_tokenizer
 from library.data.dataset import TrainingBatches
 from library.data.epochs import plan_epoch
 from library.data.faces import warn_of_missing_faces
@@ -155,8 +155,8 @@ def _without_caption(pictures: Sequence[Picture]) -> list[str]:
 
 def _long_captions(settings: Settings, pictures: Sequence[Picture]) -> dict[str, int] | None:
     """{file: tokens of its longest caption in the first epoch}, most first."""
-    folder = settings.model.t5_tokenizer_dir
-    if folder is None or not (folder / "tokenizer.json").is_file():
+    folder = plan_t5_tokenizer(settings.model.t5_tokenizer_dir, settings.tokenizers).folder
+    if not (folder / "tokenizer.json").is_file():
         return None
     tokenizer = load_t5_tokenizer(folder)
     batch_sizes, seed = [dataset.batch_size for dataset in settings.datasets], settings.run.seed

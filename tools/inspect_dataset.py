@@ -78,7 +78,7 @@ def _lines(report: DatasetReport) -> Iterator[str]:
     yield from _section("groups with the same content", map(" = ".join, report.same_content))
     yield from _section("groups that look alike", map(" ~ ".join, report.similar))
     if report.long_captions is None:
-        yield "tokens: not counted; t5_tokenizer_dir is not set, or its folder holds no tokenizer"
+        yield "tokens: not counted, as there is no T5 tokenizer yet; a run downloads it, or set t5_tokenizer_dir to one"
     else:
         long = [f"{path}: {tokens}" for path, tokens in report.long_captions.items()]
         yield from _section(f"captions of more than {LONG_CAPTION} tokens", long)

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load
 
 from library import tensor_cache
+from library.data import latents
 from library.data.latent_files import LatentFiles
 from library.data.latents import cache_latents, cache_latents_to_disk
 from library.data.pictures import scan_datasets
@@ -21,6 +23,7 @@ from library.data.pixels import load_pixels
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.team import ALONE, Team
 from library.errors import DataError
+from library.tensor_cache import TensorCache
 
 
 def encode(pixels_BCHW):
@@ -123,6 +126,35 @@ def test_disk_cache_equals_direct_encoding_and_is_found_again(pictures, tmp_path
         again, encoded = encoder.cache(pictures, skip_check=skip_check)
         assert encoded == 0
         assert_right(again, pictures)
+
+
+def test_decoding_and_saving_go_on_beside_the_encoder(pictures, monkeypatch):
+    """While it works on one picture, all others are decoded and those before are saved: else it would wait in vain."""
+    decoded, saved, encoded = [], [], []
+    load, write = latents.load_variant, TensorCache.write
+
+    def loading(picture, variant):
+        pixels_CHW = load(picture, variant)
+        decoded.append(picture)
+        return pixels_CHW
+
+    def writing(cache, key, tensors):
+        write(cache, key, tensors)
+        saved.append(key)
+
+    def encoding(pixels_BCHW):
+        encoded.append(len(pixels_BCHW))
+        deadline = time.monotonic() + 20
+        while len(decoded) < 7 or len(saved) < len(encoded) - 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return encode(pixels_BCHW)
+
+    monkeypatch.setattr(latents, "load_variant", loading)
+    monkeypatch.setattr(TensorCache, "write", writing)
+    cache = cache_latents_to_disk(pictures, encoding, 1, LatentFiles("vae"), show_progress=False)
+    assert encoded == [1] * 7 and len(saved) == 7
+    assert_right(cache, pictures)
 
 
 def test_processes_share_the_encoding(pictures):

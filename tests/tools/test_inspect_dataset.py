@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from library.anima_runtime import tokenizers
 from library.data.pixels import load_pixels
 from library.randomness import python_random
 from tools.inspect_dataset import main
@@ -49,7 +50,7 @@ def test_a_good_folder(folder, capsys):
     assert report["buckets"] == [{"dataset": 0, "size": "64x64", "pictures": 2, "uses": 6, "batches": 2}]
     assert (report["pictures"], report["uses"], report["tags"]) == (2, 6, {"cat": 2, "a": 1, "b": 1})
     nothing = ("lost", "without_caption", "enlarged", "cropped", "same_content", "similar")
-    assert all(not report[name] for name in nothing) and report["long_captions"] is None
+    assert all(not report[name] for name in nothing) and not report["long_captions"]
 
 
 def test_what_is_lost_is_told_with_the_reason(folder, capsys):
@@ -141,12 +142,18 @@ def test_near_hashes_are_found_wherever_they_differ():
     assert groups_with_same({"a": 1, "b": 2, "c": 1}) == [["a", "c"]]
 
 
-def test_captions_are_counted_in_tokens(folder, tiny_anima, capsys):
+def test_captions_are_counted_in_tokens(folder, tiny_anima, capsys, monkeypatch, tmp_path):
     """T5's own tokens with the end's, by the tokenizer of the tiny model."""
     from transformers import AutoTokenizer
 
     text = "cat, " * 600
     (folder / "b.txt").write_text(text)
+    monkeypatch.setattr(tokenizers, "_cache_folder", lambda source: tmp_path / "none")
+    code, report = inspect(folder, capsys)
+    assert code == 0 and report["long_captions"] is None
+    monkeypatch.setattr(tokenizers, "_cache_folder", lambda source: tiny_anima / "t5")  # where a run downloads it to
+    assert inspect(folder, capsys)[1]["long_captions"].keys() == {"b.png"}
+    monkeypatch.undo()
     code, report = inspect(folder, capsys, "--t5_tokenizer_dir", str(tiny_anima / "t5"))
     expected = len(AutoTokenizer.from_pretrained(tiny_anima / "t5")(text.strip()).input_ids)
     assert code == 0 and report["long_captions"] == {"b.png": expected} and expected > 512
