@@ -14,7 +14,6 @@ from library.data.picture_hashes import hash_pictures
 from library.data.picture_index import PictureIndex, cache_folder
 from library.data.pictures import Picture
 from library.data.team import Team
-from library.garbage import uncollected
 from library.tensor_cache import TensorCache, cache_key
 
 # To be raised when pixels are made in another way, or latents kept in another form.
@@ -65,7 +64,6 @@ class LatentFiles:
     encoder: str
     cache_dir: Path | None = None
 
-    @uncollected()
     def locate(
         self, views: Sequence[View], trust_times: bool, team: Team, show_progress: bool = True
     ) -> list[LatentFile]:
@@ -87,7 +85,6 @@ class LatentFiles:
         return LatentFile(cache, cache_key(_VERSION, self.encoder, content, size, mirroring, scaling), content)
 
 
-@uncollected()
 def are_there(files: Sequence[LatentFile], by_name: bool) -> list[bool]:
     """Whether each is there and whole. by_name: do not open them to see the latter."""
     if by_name:

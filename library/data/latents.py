@@ -20,6 +20,7 @@ from library.data.picture_index import cannot_write
 from library.data.pictures import Picture
 from library.data.team import ALONE, Team
 from library.errors import DataError
+from library.garbage import uncollected
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +78,14 @@ def cache_latents_to_disk(
     DataError: a picture cannot be read, or a file cannot be written (a full disk); what was written is kept.
     """
     _tell_of_foreign_caches(pictures)
-    views = _views(pictures)
-    located = list(zip(views, files.locate(views, skip_check, team, show_progress), strict=True))
-    file_of = {view.key: file for view, file in located}
-    distinct = {(file.cache, file.key): view for view, file in located}  # copies of a picture share a file
-    share = team.share(list(distinct.values()))
-    there = are_there([file_of[view.key] for view in share], skip_check)
-    wanted = [view for view, is_there in zip(share, there, strict=True) if not is_there]
+    with uncollected():
+        views = _views(pictures)
+        located = list(zip(views, files.locate(views, skip_check, team, show_progress), strict=True))
+        file_of = {view.key: file for view, file in located}
+        distinct = {(file.cache, file.key): view for view, file in located}  # copies of a picture share a file
+        share = team.share(list(distinct.values()))
+        there = are_there([file_of[view.key] for view in share], skip_check)
+        wanted = [view for view, is_there in zip(share, there, strict=True) if not is_there]
     logger.info("latents on disk: %d of %d found", len(share) - len(wanted), len(share))
 
     def load(view: View) -> torch.Tensor:

@@ -29,6 +29,9 @@ def split_validation(
     DataError: nothing is left to train.
     """
     taken: set[tuple[int, int, Path]] = set()
+    files_of: dict[tuple[int, int], set[Path]] = defaultdict(set)
+    for picture in pictures:
+        files_of[picture.dataset, id(picture.subset)].add(picture.path)
     for index, dataset in enumerate(datasets):
         if dataset.validation_split == 0:
             continue
@@ -36,7 +39,7 @@ def split_validation(
         for subset in dataset.subsets:
             if subset.is_reg:
                 continue
-            files = {picture.path for picture in pictures if picture.dataset == index and picture.subset is subset}
+            files = files_of[index, id(subset)]
             drawn = sorted(files, key=lambda path: (derive_seed(own_seed, "validation", path.name), path))
             count = len(files)
             if dataset.validation_split < 1:
