@@ -13,7 +13,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ from library.training.captured import CapturedBackward
 from library.training.ema import AdapterEma
 from library.training.guard import Guard, lowered_rates
 from library.training.interrupts import Interrupted, stop_requests
+from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
 from library.training.model_hashes import start_hashing
@@ -47,7 +48,6 @@ from library.training.preflight import (
     check_fit,
     load_largest,
     memory_limit,
-    out_of_memory_message,
     tell_trials,
     try_batches,
 )
@@ -82,8 +82,6 @@ from networks.setup import (
 )
 
 logger = logging.getLogger("train_network")
-
-T = TypeVar("T")
 
 
 class NetworkTrainer(ABC):
@@ -244,10 +242,8 @@ class NetworkTrainer(ABC):
         with closing(tracker), stop_requests() as stop, self.saving_before_errors():
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
-                    try:
+                    with explaining_lack_of_memory(window.batches):
                         meter.add(self.step(window.batches, window.sample_count))
-                    except torch.OutOfMemoryError as error:
-                        raise UserError(out_of_memory_message(window.batches)) from error
                     epoch_ended = self.state.advance(epoch_steps)
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
                     tracker.advance(step)
@@ -310,11 +306,6 @@ class NetworkTrainer(ABC):
         """All processes of the run."""
         return Team(self.accelerator.process_index, self.accelerator.num_processes, gather_lists)
 
-    @property
-    def batch_sizes(self) -> list[int]:
-        """Of each dataset."""
-        return [dataset.batch_size for dataset in self.settings.datasets]
-
     def described(self, plan: RunPlan) -> str:
         """What the run would be."""
         settings, processes = self.settings, self.accelerator.num_processes
@@ -343,7 +334,7 @@ class NetworkTrainer(ABC):
         """This process's part of the planned pictures, in epochs."""
         settings = self.settings
         return TrainingBatches(
-            plan.pictures, self.batch_sizes, settings.run.seed,
+            plan.pictures, self.settings.batch_sizes, settings.run.seed,
             accumulation=settings.run.gradient_accumulation_steps, rank=self.team.rank, world_size=self.team.size,
             latents=latents, workers=settings.data.max_data_loader_n_workers,
             persistent_workers=settings.data.persistent_data_loader_workers, total_steps=plan.total_steps,
@@ -459,7 +450,7 @@ class NetworkTrainer(ABC):
             return
         settings, measured = self.settings.validation, []
         for pictures in (plan.validation, tuple(map(as_measured, counterparts(plan.pictures, plan.validation)))):
-            batches = measured_batches(pictures, self.batch_sizes, settings.max_validation_steps)
+            batches = measured_batches(pictures, self.settings.batch_sizes, settings.max_validation_steps)
             measured.append(MeasuredBatches(pictures, self.team.share(batches), latents))
             if self.settings.data.caches_text:
                 self.encode_ahead(measured[-1].captions())
@@ -493,20 +484,14 @@ class NetworkTrainer(ABC):
         if is_best and self.settings.validation.save_best:
             self.save(f"{self.settings.saving.output_name}-best", with_state=self.settings.saving.save_state)
 
-    def with_room(self, work: Callable[[], T]) -> T:
+    def with_room(self, work: Callable[[], Any]) -> Any:
         """What `work` returns; where GPU memory is short, recorded steps give theirs back and it is tried once more."""
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if self.captured is None:
-                raise
-        self.captured.release()
-        return work()
+        return tried_twice(work, lambda: self.captured)
 
     def preflight(self, plan: RunPlan) -> None:
         """Tries a step of each bucket and tells what the run will take. DoesNotFitError where memory runs out."""
-        run, filled = self.settings.run, filled_datasets(self.settings.datasets)
-        largest = largest_batches(plan.pictures, self.batch_sizes, filled)
+        run, sizes, filled = self.settings.run, self.settings.batch_sizes, filled_datasets(self.settings.datasets)
+        largest = largest_batches(plan.pictures, sizes, filled)
         latents = self.cached_latents([picture for batch in largest for picture in batch.pictures])
         self.make_parts(plan.total_steps, plan.buckets)
         self.state = first_state(run, plan.resume, self.parts, plan.epoch_steps, plan.total_steps)
@@ -515,9 +500,7 @@ class NetworkTrainer(ABC):
         self.parts = replace(self.parts, schedule=schedule)
         self.network.train()
         announce = self.encode_ahead if self.settings.data.caches_text else None
-        load = partial(
-            load_largest, batch_sizes=self.batch_sizes, seed=run.seed, latents=latents, announce=announce, filled=filled
-        )
+        load = partial(load_largest, sizes=sizes, seed=run.seed, latents=latents, announce=announce, filled=filled)
         accumulation, steps = run.gradient_accumulation_steps, plan.total_steps - self.state.step
         trials = try_batches(largest, load, self.step, self.after_lost_step, accumulation, self.device)
         tell_trials(trials, self.described(plan), steps, plan.epoch_steps, self.device)
@@ -589,10 +572,9 @@ class NetworkTrainer(ABC):
         self.tracker.event("end", self.state.step, outcome)
         history, saving = self.tracker.history, self.settings.saving
         if history is not None:
-            adapter = saving.output_dir / f"{saving.output_name}.safetensors"
-            inspect = partial(health_of, adapter) if outcome == "finished" else None
-            report = saving.output_dir / f"{saving.output_name}_report.html"
-            try_report(report, saving.output_name, outcome, history, self.flat_settings, inspect)
+            inspect = health_of if outcome == "finished" else None
+            chosen = self.settings.given
+            try_report(saving.output_dir, saving.output_name, outcome, history, self.flat_settings, chosen, inspect)
 
     def sample(self, tag: str) -> None:
         """Renders the sample prompts, if there are any, without dropout; by the main process.
@@ -610,7 +592,7 @@ class NetworkTrainer(ABC):
                 with self.network.disabled():
                     base = self.with_room(self.render_samples)
             samples = self.with_room(self.render_samples)
-            for name, picture in self.samples.write(tag, self.state.step, samples, base):
-                self.tracker.log_image(name, picture, self.state.step)
+            for name, picture, text in self.samples.write(tag, self.state.step, samples, base):
+                self.tracker.log_image(name, picture, self.state.step, text)
             self.tracker.event("sample", self.state.step, tag)
         self.network.train()

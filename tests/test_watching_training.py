@@ -43,7 +43,7 @@ def test_a_run_tells_its_course_and_writes_a_report(config, losses, tiny_anima, 
     assert sum(int(samples) * float(loss) for samples, loss in rows) == pytest.approx(sum(losses), abs=1e-3)
     assert "Problems: none" in page
     assert str(tmp_path) not in page
-    assert page.count("data:image/jpeg") == 3  # the picture, the base model's, and the sheet of both
+    assert page.count("data:image/jpeg") == 2  # the base model's, and the adapter's
     console = capsys.readouterr().err
     assert re.search(r"^step 4 of 4: loss \d", console, re.MULTILINE)
 

@@ -87,16 +87,12 @@ class Planner:
             check_snapshot(resume, made_of, run.anima_resume_snapshot_strict)
             if network is not None:
                 check_shapes(resume, network)
-        logger.info("%s", bucket_table(pictures, self._batch_sizes, filled_datasets(settings.datasets)))
+        logger.info("%s", bucket_table(pictures, self.settings.batch_sizes, filled_datasets(settings.datasets)))
         measured = tuple(map(as_measured, validation))
         return RunPlan(
             planned.module, planned.arguments, network, rates, pictures, measured, epoch_steps, total_steps, files,
             resume, made_of,
         )  # fmt: skip
-
-    @property
-    def _batch_sizes(self) -> list[int]:
-        return [dataset.batch_size for dataset in self.settings.datasets]
 
     def _rates(self, network: Network | None, problems: Problems) -> dict[str, float]:
         """The learning rate of each part. Whether the optimizer can train them goes to `problems`."""
@@ -114,7 +110,7 @@ class Planner:
     def _epoch_steps(self, pictures: Sequence[Picture], resumes: bool, problems: Problems) -> int:
         """Steps of an epoch. What is wrong with the run's length goes to `problems`."""
         run = self.settings.run
-        steps = steps_per_epoch(pictures, self._batch_sizes, run.gradient_accumulation_steps, self.processes)
+        steps = steps_per_epoch(pictures, self.settings.batch_sizes, run.gradient_accumulation_steps, self.processes)
         problems.attempt(check_length, self.settings.schedule, planned_steps(run, steps))
         if not resumes:
             problems.attempt(starting_state, run, steps)

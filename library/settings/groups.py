@@ -64,6 +64,11 @@ class Settings:
     sampling: SampleSettings
     given: Mapping[str, Given]
 
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Of each dataset."""
+        return [dataset.batch_size for dataset in self.datasets]
+
 
 def run_groups() -> dict[str, type]:
     """The groups with one value each for the whole run, by their field in Settings."""

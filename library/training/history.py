@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,7 @@ class Event:
 class RunHistory(Sink):
     """Keeps curves and events, sample pictures made small, and losses by picture and timestep.
 
+    samples: by name and step. prompts: by name, as far as they are known. started_at: by time.monotonic().
     by_picture: for each picture, its losses in each tenth of the timesteps. by_run_part: of each quarter of the run.
     """
 
@@ -71,6 +73,8 @@ class RunHistory(Sink):
     points: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     samples: dict[str, dict[int, Image.Image]] = field(default_factory=dict)
+    prompts: dict[str, str] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.monotonic)
     by_picture: dict[Path, list[Sums]] = field(default_factory=dict)
     by_run_part: list[list[Sums]] = field(default_factory=lambda: [_tenths() for _ in range(RUN_PARTS)])
 
@@ -78,10 +82,12 @@ class RunHistory(Sink):
         for name, value in values.items():
             self.points.setdefault(name, []).append((step, value))
 
-    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+    def log_image(self, name: str, picture: Image.Image, step: int, text: str = "") -> None:
         small = picture.convert("RGB")
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         self.samples.setdefault(name, {})[step] = small
+        if text:
+            self.prompts[name] = text.partition("\n")[0]
 
     def event(self, kind: str, step: int, text: str) -> None:
         self.events.append(Event(kind, step, text))

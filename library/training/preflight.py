@@ -126,14 +126,14 @@ def try_batches(
 
 def load_largest(
     largest: LargestBatch,
-    batch_sizes: Sequence[int],
+    sizes: Sequence[int],
     seed: int,
     latents: LatentCache | None,
     announce: Callable[[list[str]], None] | None,
     filled: Collection[int] = (),
 ) -> Batch:
-    """The bucket's largest batch. batch_sizes: one per dataset. latents, announce, filled: as for `TrainingBatches`."""
-    steps = TrainingBatches(largest.pictures, batch_sizes, seed, latents=latents, announce=announce, filled=filled)
+    """The bucket's largest batch. sizes: of batches, one per dataset. The others are as for `TrainingBatches`."""
+    steps = TrainingBatches(largest.pictures, sizes, seed, latents=latents, announce=announce, filled=filled)
     return next(step.batches[0] for step in steps.epoch(0) if step.sample_count == largest.size)
 
 
@@ -233,13 +233,3 @@ def _smaller_batch(trials: Sequence[Trial], tight: Sequence[Trial], limit: int |
     if fitting < 1:
         return []
     return [f"batch_size = {fitting} with gradient_accumulation_steps = {-(-largest * accumulation // fitting)}"]
-
-
-def out_of_memory_message(batches: list[Batch]) -> str:
-    """What was being trained when the GPU's memory ran out, and what would help."""
-    shapes = sorted({f"{len(batch.captions)} x {batch.bucket[0]}x{batch.bucket[1]}" for batch in batches})
-    return (
-        f"CUDA out of memory while training a batch of {' or '.join(shapes)} pixels. The adapter was saved as it was "
-        "before this step. What needs less memory: gradient_checkpointing = true, a smaller batch_size "
-        "(with gradient_accumulation_steps to make up for it), a smaller resolution."
-    )

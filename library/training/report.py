@@ -7,7 +7,8 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -16,26 +17,17 @@ from typing import Any
 
 from PIL import Image
 
+from library.console import readable_time
 from library.files import write_atomically
-from library.plots import line_plot_svg
-from library.training.history import RUN_PARTS, TIMESTEP_PARTS, PictureLoss, RunHistory, Sums
+from library.training.history import PictureLoss, RunHistory
+from library.training.report_charts import VALIDATION, charts
+from library.training.samples import BASE, SAMPLE, SHEET
 
 logger = logging.getLogger(__name__)
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-# A picture shows the course of a curve; more points than it has pixels only make the page larger.
-_MOST_POINTS = 500
 _MOST_PICTURES = 500
 _MOST_SAMPLINGS = 12
-_CHARTS = {
-    "Loss": ("loss/current", "loss/average", "loss/epoch_average"),
-    "Validation": ("loss/validation",),
-    "Learning rate": ("lr",),
-    "Gradient and weights": ("norm",),
-    "Seconds a step": ("time/seconds_per_step",),
-}
-
-Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -53,19 +45,21 @@ def write_report(
     outcome: str,
     history: RunHistory,
     settings: Mapping[str, Any],
+    chosen: Collection[str],
     health: AdapterHealth | None,
 ) -> None:
     """Writes the page. outcome: how the run ended. settings: as JSON can hold them; unset ones are left out.
 
-    health: None where no adapter was saved at the end.
+    chosen: names of the settings that somebody set. health: None where no adapter was
+    saved at the end.
     """
     sections = {
         "Alerts": _alerts(history),
-        "Curves": _charts(history),
-        "Samples": _samples(history.samples),
+        "Curves": charts(history),
+        "Samples": _samples(history),
         "Pictures": _pictures(history.pictures()),
         "Adapter": [] if health is None else _health(health),
-        "Settings": _settings(settings),
+        "Settings": _settings(settings, chosen),
     }
     text = Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
@@ -80,20 +74,22 @@ def write_report(
 
 
 def try_report(
-    path: Path,
-    title: str,
+    folder: Path,
+    name: str,
     outcome: str,
     history: RunHistory,
     settings: Mapping[str, Any],
-    inspect: Callable[[], tuple[str, Sequence[str], Mapping[str, float]]] | None,
+    chosen: Collection[str],
+    inspect: Callable[[Path], tuple[str, Sequence[str], Mapping[str, float]]] | None,
 ) -> None:
-    """`write_report`; where it fails, that is told, and nothing else comes of it.
+    """`write_report` into <name>_report.html; where it fails, that is told, and nothing else comes of it.
 
-    inspect: gives what `AdapterHealth` holds; None where no adapter was saved at the end.
+    inspect: gives what `AdapterHealth` holds of the adapter file; None where none was saved at the end.
     """
+    path = folder / f"{name}_report.html"
     try:
-        health = None if inspect is None else AdapterHealth(*inspect())
-        write_report(path, title, outcome, history, settings, health)
+        health = None if inspect is None else AdapterHealth(*inspect(folder / f"{name}.safetensors"))
+        write_report(path, name, outcome, history, settings, chosen, health)
         logger.info("report: %s", path.resolve())
     except Exception as error:
         logger.warning("the report is left out: %s: %s", type(error).__name__, error)
@@ -104,7 +100,13 @@ def _summary(outcome: str, history: RunHistory) -> str:
     if not points:
         return outcome
     step, average = points[-1]
-    return f"{outcome} after {step} of {history.total_steps} steps; average loss {average:.4f}"
+    taken = readable_time(time.monotonic() - history.started_at)
+    text = f"{outcome} after {step} of {history.total_steps} steps and {taken}; average loss {average:.4f}"
+    measured = [point for point in history.points.get(f"{VALIDATION}average", []) if math.isfinite(point[1])]
+    if measured:
+        step, least = min(measured, key=lambda point: point[1])
+        text += f"; least validation loss {least:.4f}, after step {step}"
+    return text
 
 
 def _alerts(history: RunHistory) -> Iterator[str]:
@@ -117,57 +119,26 @@ def _alerts(history: RunHistory) -> Iterator[str]:
     yield "</ul>"
 
 
-def _charts(history: RunHistory) -> Iterator[str]:
-    yield '<div class="charts">'
-    for title, starts in _CHARTS.items():
-        if series := _series(history, starts):
-            yield line_plot_svg(title, "step", series)
-    if by_timestep := _by_timestep(history.by_run_part):
-        yield line_plot_svg("Loss by timestep (1 is noise)", "timestep", by_timestep)
-    yield "</div>"
+def _samples(history: RunHistory) -> Iterator[str]:
+    """A row for each prompt, a column for each sampling; of many samplings some, the first and the last with them.
 
-
-def _series(history: RunHistory, starts: Iterable[str]) -> Series:
-    """The curves of these names, and of those below them, as far as they have finite values."""
-    series = {
-        name: _thinned([(step, value) for step, value in points if math.isfinite(value)])
-        for start in starts
-        for name, points in history.points.items()
-        if name == start or name.startswith(f"{start}/")
-    }
-    return {name: points for name, points in series.items() if points}
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> Sequence[tuple[int, float]]:
-    """Every n-th point, and the last."""
-    every = math.ceil(len(points) / _MOST_POINTS)
-    return points if every <= 1 else [*points[:-1:every], points[-1]]
-
-
-def _by_timestep(parts: Sequence[Sequence[Sums]]) -> Series:
-    """The mean loss in each tenth of the timesteps, for each quarter of the run."""
-    series = {
-        f"{100 * number // RUN_PARTS} to {100 * (number + 1) // RUN_PARTS} % of the run": [
-            ((index + 0.5) / TIMESTEP_PARTS, tenth.mean) for index, tenth in enumerate(tenths) if tenth.count
-        ]
-        for number, tenths in enumerate(parts)
-    }
-    return {name: points for name, points in series.items() if points}
-
-
-def _samples(samples: Mapping[str, Mapping[int, Image.Image]]) -> Iterator[str]:
-    """A row for each prompt, a column for each sampling; of many samplings some, the first and the last with them."""
-    steps = sorted({step for row in samples.values() for step in row})
+    Pictures of the base model stand before all others.
+    """
+    names = [name for name in history.samples if name.startswith(SAMPLE) and name != SHEET]
+    steps = sorted({step for name in names for step in history.samples[name]})
     if not steps:
         return
-    last = len(steps) - 1
-    columns = min(len(steps), _MOST_SAMPLINGS)
+    bases = {name: history.samples.get(BASE + name.removeprefix(SAMPLE), {}) for name in names}
+    has_base, last, columns = any(bases.values()), len(steps) - 1, min(len(steps), _MOST_SAMPLINGS)
     shown = sorted({steps[round(last * column / max(1, columns - 1))] for column in range(columns)})
+    heads = ["base model"] * has_base + [f"step {step}" for step in shown]
     yield '<div class="samples"><table>'
-    yield "<tr><th></th>" + "".join(f"<th>step {step}</th>" for step in shown) + "</tr>"
-    for name, row in samples.items():
-        cells = (_picture(row[step]) if step in row else "" for step in shown)
-        yield f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    yield "<tr><th></th>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"
+    for name in names:
+        pictures = [next(iter(bases[name].values()), None)] * has_base
+        pictures += [history.samples[name].get(step) for step in shown]
+        cells = "".join(f"<td>{'' if picture is None else _picture(picture)}</td>" for picture in pictures)
+        yield f'<tr><th class="prompt">{escape(history.prompts.get(name, name))}</th>{cells}</tr>'
     yield "</table></div>"
 
 
@@ -208,12 +179,21 @@ def _health(health: AdapterHealth) -> Iterator[str]:
     yield "</table></div>"
 
 
-def _settings(settings: Mapping[str, Any]) -> Iterator[str]:
-    yield '<div class="scroll"><table>'
+def _settings(settings: Mapping[str, Any], chosen: Collection[str]) -> Iterator[str]:
+    """What was chosen, and, folded away, what is as by default. Datasets are always of the first kind."""
+    told = {name: value for name, value in settings.items() if value is not None}
+    own = {name: value for name, value in told.items() if name in chosen or name == "datasets"}
+    yield from _table_of_settings(own)
+    yield "<details><summary>Those left at their defaults</summary>"
+    yield from _table_of_settings({name: value for name, value in told.items() if name not in own})
+    yield "</details>"
+
+
+def _table_of_settings(settings: Mapping[str, Any]) -> Iterator[str]:
+    yield "<table>"
     for name, value in settings.items():
-        if value is not None:
-            yield _row(name, (), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    yield "</table></div>"
+        yield _row(name, (), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    yield "</table>"
 
 
 def _row(name: str, numbers: Iterable[str], text: str | None = None) -> str:

@@ -18,6 +18,8 @@ from library.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+# What the run's records call pictures with the adapter, without it, and all of a sampling on one sheet.
+SAMPLE, BASE, SHEET = "sample/", "sample_base/", "sample/sheet"
 # The step of pictures without the adapter, which stand before all others.
 _BASE_STEP = -1
 
@@ -62,8 +64,11 @@ class SampleFiles:
 
     def write(
         self, tag: str, step: int, samples: Sequence[SamplePicture], base: Sequence[SamplePicture] | None
-    ) -> Iterator[tuple[str, Image.Image]]:
-        """Writes all files, and gives each picture and the sheet with a name under which the run's records keep it."""
+    ) -> Iterator[tuple[str, Image.Image, str]]:
+        """Writes all files, and gives each picture with a name for the run's records, and its parameters.
+
+        Those names are SAMPLE and BASE with the prompt's number, and SHEET.
+        """
         if not self._goes_on:
             self._grid.unlink(missing_ok=True)
             self._goes_on = True
@@ -74,14 +79,14 @@ class SampleFiles:
         ):
             for number, sample in enumerate(own):
                 self._write_one(own_tag, number, sample, step if own is samples else None)
-                yield f"sample{'_base' if own is base else ''}/{number:02d}", sample.picture
+                yield f"{BASE if own is base else SAMPLE}{number:02d}", sample.picture, sample.parameters
             if own:
                 columns.append((own_step, words, [sample.picture for sample in own]))
         sheet = contact_sheet([(words, pictures) for _, words, pictures in columns])
         write_atomically(self._folder / f"{self._name}_{tag}_sheet.png", lambda file: sheet.save(file, format="PNG"))
         grow_sheet(self._grid, columns)
         logger.info("samples over time: %s", self._grid.resolve())
-        yield "sample/sheet", sheet
+        yield SHEET, sheet, ""
 
     def _write_one(self, tag: str, number: int, sample: SamplePicture, step: int | None) -> None:
         text = PngInfo()

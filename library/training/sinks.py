@@ -29,8 +29,8 @@ class Sink:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One point on each named curve."""
 
-    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
-        """A picture, in the row of its name."""
+    def log_image(self, name: str, picture: Image.Image, step: int, text: str = "") -> None:
+        """A picture, in the row of its name. text: what it was made of, its prompt first."""
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Something that happened after `step` steps: a save, a sample, an alert."""
@@ -54,7 +54,7 @@ class TensorBoardCurves(Sink):
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
+    def log_image(self, name: str, picture: Image.Image, step: int, text: str = "") -> None:
         import numpy as np
 
         self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
@@ -90,8 +90,8 @@ class WandbCurves(Sink):
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
-    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
-        self._run.log({name: self._wandb.Image(picture)}, step=step)
+    def log_image(self, name: str, picture: Image.Image, step: int, text: str = "") -> None:
+        self._run.log({name: self._wandb.Image(picture, caption=text or None)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

@@ -186,9 +186,9 @@ class Tracker:
             values = {**values, **self._pace.values(step)}
         self._tell(lambda sink: sink.log(values, step))
 
-    def log_image(self, name: str, picture: Image.Image, step: int) -> None:
-        """A picture, in the row of its name: "sample/0"."""
-        self._tell(lambda sink: sink.log_image(name, picture, step))
+    def log_image(self, name: str, picture: Image.Image, step: int, text: str = "") -> None:
+        """A picture, in the row of its name: "sample/00". text: what it was made of, its prompt first."""
+        self._tell(lambda sink: sink.log_image(name, picture, step, text))
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Something that happened after `step` steps: kind is save, sample, alert or end."""

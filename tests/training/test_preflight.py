@@ -124,10 +124,3 @@ def test_what_contradicts_a_preflight_is_refused():
         check_preflight(RunSettings(preflight=True, dry_run=True), processes=1)
     with pytest.raises(SettingError, match=r"^preflight: it measures one GPU, and 2 processes"):
         check_preflight(RunSettings(preflight=True), processes=2)
-
-
-def test_out_of_memory_names_the_batch_and_three_remedies():
-    message = preflight.out_of_memory_message([SimpleNamespace(captions=["a", "b"], bucket=(64, 96))])
-    assert "2 x 64x96 pixels" in message
-    for remedy in ("gradient_checkpointing", "batch_size", "resolution"):
-        assert remedy in message

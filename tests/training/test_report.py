@@ -23,8 +23,11 @@ def history():
             SampleLoss(Path(f"train/{name}"), step / 41, loss / step) for name, loss in [("<a>.png", 1), ("b.png", 3)]
         )
         history.look([StepRecord(step, 1.0, 1.0, samples)])
-    history.log({"loss/validation/average": 0.25}, 40)
-    history.log_image("sample/00", Image.new("RGB", (64, 32), "red"), 20)
+    measured = {"average": 0.25, "timestep_1": 0.2, "timestep_2": 0.3}
+    history.log({f"loss/validation/{name}": loss for name, loss in measured.items()}, 40)
+    history.log_image("sample_base/00", Image.new("RGB", (64, 32), "yellow"), 20, "a <red> square\nSteps: 4")
+    history.log_image("sample/00", Image.new("RGB", (64, 32), "red"), 20, "a <red> square\nSteps: 4")
+    history.log_image("sample/sheet", Image.new("RGB", (64, 32), "white"), 20)
     history.log_image("sample/00", Image.new("RGB", (64, 32), "blue"), 40)
     history.log_image("sample/01", Image.new("RGB", (64, 32), "green"), 40)
     history.event("alert", 7, "the loss is 9, where 1 is usual & expected")
@@ -36,7 +39,7 @@ def page(history, tmp_path):
     health = AdapterHealth("40 lora (rank 4)", ("a.b: NaN or infinity",), {"transformer 0": 2.0, "transformer 1": 1.0})
     settings = {"network_dim": 4, "prompt": "<b>", "vae": None, "cache_latents": True}
     path = tmp_path / "tiny_report.html"
-    write_report(path, "tiny", "finished", history, settings, health)
+    write_report(path, "tiny", "finished", history, settings, {"network_dim", "prompt"}, health)
     return path
 
 
@@ -45,11 +48,19 @@ def section(page, name):
 
 
 def test_everything_that_was_recorded_is_on_the_page(page):
-    assert "finished after 40 of 40 steps; average loss 0.5000" in page.read_text(encoding="utf-8")
+    summary = "finished after 40 of 40 steps and 0 s; average loss 0.5000; least validation loss 0.2500, after step 40"
+    assert summary in page.read_text(encoding="utf-8")
     assert "<li>step 7: the loss is 9, where 1 is usual &amp; expected</li>" in section(page, "alerts")
     curves = section(page, "curves")
-    assert curves.count("<svg") == 4
-    for text in ("loss/current", ">Validation<", "Learning rate", "Loss by timestep", "75 to 100 % of the"):
+    assert curves.count("<svg") == 5
+    for text in (
+        ">current<",
+        ">Validation<",
+        ">timestep_2<",
+        "Learning rate",
+        "Loss by timestep",
+        "75 to 100 % of the",
+    ):
         assert text in curves
     assert "Gradient" not in curves  # it was never finite
     rows = re.findall(r"<tr><td>(.*?)</td>.*?>([\d.]+)</td></tr>", section(page, "pictures"))
@@ -58,15 +69,18 @@ def test_everything_that_was_recorded_is_on_the_page(page):
     assert "a.b: NaN or infinity" in section(page, "adapter")
     settings = section(page, "settings")
     assert "<td>prompt</td><td>&lt;b&gt;</td>" in settings
-    assert "<td>cache_latents</td><td>true</td>" in settings
+    chosen, _, others = settings.partition("<details>")
+    assert "<td>network_dim</td><td>4</td>" in chosen
+    assert "<td>cache_latents</td><td>true</td>" in others
     assert "vae" not in settings
 
 
 def test_samples_stand_in_a_row_for_each_prompt_and_a_column_for_each_sampling(page):
     samples = section(page, "samples")
-    assert re.findall(r"<th>(.*?)</th>", samples) == ["", "step 20", "step 40", "sample/00", "sample/01"]
-    assert len(re.findall(r'<img alt="" src="data:image/jpeg;base64,[A-Za-z0-9+/=]+">', samples)) == 3
-    assert "<th>sample/01</th><td></td><td><img" in samples
+    heads = ["", "base model", "step 20", "step 40", "a &lt;red&gt; square", "sample/01"]
+    assert re.findall(r"<th[^>]*>(.*?)</th>", samples) == heads
+    assert len(re.findall(r'<img alt="" src="data:image/jpeg;base64,[A-Za-z0-9+/=]+">', samples)) == 4
+    assert ">sample/01</th><td></td><td></td><td><img" in samples
 
 
 def test_nothing_is_fetched_from_elsewhere(page):
@@ -78,7 +92,7 @@ def test_nothing_is_fetched_from_elsewhere(page):
 
 def test_a_run_without_a_step_has_a_page_too(tmp_path):
     path = tmp_path / "tiny_report.html"
-    write_report(path, "tiny", "ended by OSError: <disk>", RunHistory(total_steps=40), {}, None)
+    write_report(path, "tiny", "ended by OSError: <disk>", RunHistory(total_steps=40), {}, (), None)
     assert "ended by OSError: &lt;disk&gt;" in path.read_text(encoding="utf-8")
     assert "<h2>Adapter" not in path.read_text(encoding="utf-8")
 
@@ -89,7 +103,7 @@ def test_long_runs_make_no_long_pages(tmp_path):
         history.log({"loss/current": step % 7, "loss/average": 3.0}, step)
     for step in range(0, 100_000, 500):
         history.log_image("sample/00", Image.effect_noise((64, 64), 50), step)
-    write_report(tmp_path / "page.html", "tiny", "finished", history, {}, None)
+    write_report(tmp_path / "page.html", "tiny", "finished", history, {}, (), None)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert len(page) < 400_000
     assert len(re.findall("<img", page)) == 12

@@ -47,8 +47,8 @@ class FakeWandb:
     def Settings(self, **settings):
         return settings
 
-    def Image(self, picture):
-        return picture
+    def Image(self, picture, caption):
+        return picture, caption
 
     def _finish(self):
         self.finished = True
@@ -115,13 +115,13 @@ def test_wandb_is_told_what_the_settings_say(tracker_for, fake_wandb, tmp_path):
     )  # fmt: skip
     picture = Image.new("RGB", (3, 2))
     tracker.log({"loss/current": 0.5}, 7)
-    tracker.log_image("sample/0", picture, 7)
+    tracker.log_image("sample/0", picture, 7, "a cat")
     tracker.close()
 
     told = fake_wandb.told
     assert (told["project"], told["name"], told["dir"]) == ("faces", tracker.folder.name, str(tracker.folder))
     assert (told["tags"], told["config"], told["settings"]["api_key"]) == (["anima"], {"network_dim": 4}, "0123")
-    assert fake_wandb.logged == [({"loss/current": 0.5}, 7), ({"sample/0": picture}, 7)]
+    assert fake_wandb.logged == [({"loss/current": 0.5}, 7), ({"sample/0": (picture, "a cat")}, 7)]
     assert fake_wandb.finished
 
 
