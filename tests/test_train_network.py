@@ -92,6 +92,11 @@ class ToyTrainer(NetworkTrainer):
 
     encode_ahead = prepare_text
 
+    def fuse_obstacle(self):
+        return "it has no blocks"
+
+    fuse_blocks = latents_are_cached
+
     def compile_blocks(self, buckets):
         """It has none."""
 
