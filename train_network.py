@@ -225,7 +225,7 @@ class NetworkTrainer(ABC):
             started_at=started_at,
         )
         self.tracker = tracker = Tracker(settings.logging, saving.output_name, total_steps, self.flat_settings, is_main)
-        self.samples = SampleFiles(saving.output_dir / "sample", saving.output_name, resumed=plan.resume is not None)
+        self.samples = SampleFiles(saving.output_dir, saving.output_name, resumed=plan.resume is not None)
         if settings.sampling.sample_at_first and plan.resume is None:
             self.sample("e000000")
         if plan.resume is None:

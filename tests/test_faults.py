@@ -161,6 +161,73 @@ def test_a_run_survives_50_kills(words, tmp_path, undisturbed):
     logger.info("killed while %s", dict(kill_repeatedly(words(), tmp_path, 50, *undisturbed())))
 
 
+def killed_while_writing(pattern: str, number: int) -> None:
+    """Kills the process in the midst of a write: that many files of matching paths have been written, or nearly."""
+    sync, left = files._sync_file, [number]
+
+    def deadly(path):
+        if re.search(pattern, str(path)):
+            left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+
+    files._sync_file = deadly
+
+
+def killed_between_renames() -> None:
+    """Kills the process when a state is about to take the place of one of the same name, which was moved aside."""
+    replace = files._replace_folder
+
+    def deadly(new, path):
+        if path.exists():
+            path.replace(path.with_name(f".{path.name}.{os.getpid()}.old"))
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(new, path)
+
+    files._replace_folder = deadly
+
+
+# What was being written, and how much of it is there already.
+WRITES = {
+    "the first latents": (r"latents/", 1),
+    "the last latents": (r"latents/", 4),
+    "captions": (r"text/", 1),
+    "a picture of the base model": (r"sample/\.tiny_base", 1),
+    "an adapter": (r"\.tiny-step\d+\.\w+\.tmp\.safetensors", 1),
+    "a state's first file": (r"-state\.\d+\.tmp/", 1),
+    "a state's last file": (r"-state\.\d+\.tmp/", 8),
+    "a later adapter": (r"\.tiny-step\d+\.\w+\.tmp\.safetensors", 2),
+    "the sheet of samples over time": (r"sample/\.tiny_grid", 1),
+    "the last adapter": (r"/\.tiny\.\w+\.tmp\.safetensors", 1),
+}
+
+
+def test_a_run_survives_kills_in_the_midst_of_each_kind_of_write(words, tmp_path, undisturbed):
+    """One run, killed ten times and resumed each time from the last state, where there is one."""
+    output = tmp_path / "output"
+    for what, (pattern, number) in WRITES.items():
+        before = states_of(output)
+        run = started(words(), tmp_path, partial(killed_while_writing, pattern, number))
+        assert run.end() == -signal.SIGKILL, f"not killed while writing {what}:\n{run.output}"
+        check_all_is_whole(output)
+        assert set(before) <= set(states_of(output)), what
+    ended_exactly(words(), tmp_path, undisturbed()[0])
+    assert not [path.name for path in output.rglob(".*")], "what killed runs left behind is still there"
+
+
+def test_a_state_that_is_to_be_replaced_survives_a_kill_between_the_two_renames(words, tmp_path, undisturbed):
+    """As when a run goes on from an earlier state and saves again under the same names."""
+    run = started(words(), tmp_path)
+    assert run.end() == 0, run.output
+    first = tmp_path / "output" / "tiny-step00000001-state"
+    again = TrainingRun([*words(), "--resume", str(first)], tmp_path / "log", killed_between_renames)
+    assert again.end() == -signal.SIGKILL, again.output
+    check_all_is_whole(tmp_path / "output")
+    ended_exactly(words(), tmp_path, undisturbed()[0])
+    assert states_of(tmp_path / "output") == list(range(1, STEPS))
+
+
 def test_sigterm_saves_and_the_run_can_go_on(words, tmp_path, undisturbed):
     words = words(save_state=False, save_every_n_steps=100)
     run = started(words, tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from library.errors import SettingError, first_ten
 from library.files import clear_leftovers, remove_folder
+from library.training.samples import SAMPLE_FOLDER, sample_name
 from library.training.saving import SavingSettings, saved_name
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,13 @@ def saved_files(settings: SavingSettings) -> list[Path]:
 
 def clear_killed_saves(settings: SavingSettings) -> None:
     """Removes the unfinished files of a run with this output_name that was killed."""
-    pattern = saved_name(settings.output_name)
-    if removed := clear_leftovers(settings.output_dir, lambda name: pattern.fullmatch(name) is not None):
+    removed = []
+    for folder, pattern in (
+        (settings.output_dir, saved_name(settings.output_name)),
+        (settings.output_dir / SAMPLE_FOLDER, sample_name(settings.output_name)),
+    ):
+        removed += clear_leftovers(folder, lambda name, pattern=pattern: pattern.fullmatch(name) is not None)
+    if removed:
         logger.info("removed unfinished files of a run that was killed: %s", first_ten(removed))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,18 @@ from library.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
+# In output_dir.
+SAMPLE_FOLDER = "sample"
 # What the run's records call pictures with the adapter, without it, and all of a sampling on one sheet.
 SAMPLE, BASE, SHEET = "sample/", "sample_base/", "sample/sheet"
 # The step of pictures without the adapter, which stand before all others.
 _BASE_STEP = -1
+
+
+def sample_name(output_name: str) -> re.Pattern[str]:
+    """Matches the whole name of every file in the sample folder of runs with that output_name."""
+    name = re.escape(output_name)
+    return re.compile(rf"{name}_(?:grid|(?:base|e?\d{{6}})_(?:sheet|\d+_\d{{14}}_\d+))\.png")
 
 
 @dataclass(frozen=True)
@@ -50,9 +59,9 @@ class SampleFiles:
     The first time, pictures without the adapter stand beside those with it.
     """
 
-    def __init__(self, folder: Path, output_name: str, resumed: bool) -> None:
+    def __init__(self, output_dir: Path, output_name: str, resumed: bool) -> None:
         """resumed: whether the sheet of all times is one to go on with."""
-        self._folder = folder
+        self._folder = folder = output_dir / SAMPLE_FOLDER
         self._name = output_name
         self._grid = folder / f"{output_name}_grid.png"
         self._goes_on = resumed

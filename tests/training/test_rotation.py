@@ -94,6 +94,15 @@ def test_what_a_killed_run_left_is_removed_and_a_state_that_was_being_replaced_p
     assert not (tmp_path / "a-000002-state" / "optimizer.pt").exists()
 
 
+def test_sample_pictures_in_the_making_are_removed_and_those_of_other_runs_stay(tmp_path):
+    own = [".a_grid.0f.tmp.png", ".a_000100_00_20260101000000_5.0f.tmp.png", ".a_e000002_sheet.0f.tmp.png"]
+    others = [".a_2_grid.0f.tmp.png", ".b_base_00_20260101000000_5.0f.tmp.png", "a_grid.png"]
+    (tmp_path / "sample").mkdir()
+    fill(tmp_path / "sample", *own, *others)
+    clear_killed_saves(settings_for(tmp_path))
+    assert left(tmp_path / "sample") == sorted(others)
+
+
 def test_names_are_taken_apart():
     parts = saved_name("my.lora").fullmatch("my.lora-step00000012-best-ema.safetensors")
     assert (parts["epoch"], parts["step"], parts["ending"]) == (None, "00000012", ".safetensors")
