@@ -64,16 +64,16 @@ def test_starts_are_linear(tmp_path, monkeypatch, count):
         next(batches)
         seconds = measured.tell(f"warm, skip_cache_check {skip_check}")
         assert len(cache) == count == len(pictures)
-        assert seconds < 1 + count * 30 / 100_000
+        assert seconds < max(1, count * 30 / 100_000)
 
     measured, steps = Measured(count), 0
     for _, step in zip(range(1000), batches, strict=False):
         assert step.batches[0].latents_BCTHW.shape[1:] == (16, 1, 4, 4)
         steps += 1
     measured.tell(f"{steps} batches")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    logging.info("%d pictures: peak memory %.2f GiB", count, peak)
-    assert peak < 1.5
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    logging.info("%d pictures: peak memory %.2f GiB", count, peak / 2**30)
+    assert peak < 1.5e9
 
 
 class Measured:
