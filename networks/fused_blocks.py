@@ -22,7 +22,6 @@ from library.anima_runtime.block_ops import (
     ModulationSums,
     Normed,
     Sum,
-    added,
     empty_sums,
     gated_norm,
     gated_norm_backward,
@@ -74,20 +73,21 @@ class _Activations(NamedTuple):
 
     x_first: Tensor
     first: Normed
-    qkv: list[Sum]
+    qkv: list[Tensor]
     self_attended: Attended
-    self_output: list[Sum]
+    self_output: tuple[Sum, Tensor | None]
     x_second: Tensor
     second: Normed
-    q: list[Sum]
-    kv: list[Sum]
+    q: list[Tensor]
+    context_rows: Tensor
+    kv: list[Tensor]
     cross_attended: Attended
-    cross_output: list[Sum]
+    cross_output: tuple[Sum, Tensor | None]
     x_third: Tensor
     third: Normed
-    wide: list[Sum]
+    wide: list[Tensor]
     activated: Tensor
-    narrow: list[Sum]
+    narrow: tuple[Sum, Tensor | None]
 
 
 class FusedBlock:
@@ -123,30 +123,34 @@ class FusedBlock:
     ) -> tuple[Tensor, _Activations]:
         """modulations: shift, scale and gate (B, 3 D) of each branch."""
         self_attn, cross_attn = self.block.self_attn, self.block.cross_attn
-        samples = len(x_BLD)
+        count = x_BLD.shape[0] * x_BLD.shape[1]
         (shift_scale_1, gate_1), (shift_scale_2, gate_2), (shift_scale_3, gate_3) = map(_parts, modulations)
         x_first = x_BLD
-        _, first = gated_norm(x_first, None, shift_scale_1)
-        qkv = self.qkv.forward(_rows(first.normed_BLD))
-        q, k = (self._heads(x, norm, rotary, samples) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
-        v = self._heads(qkv[2], None, None, samples)
-        self_attended = _attend(self_attn.attend, q, k, v)
-        self_output = self.self_output.forward(_rows(self_attended.output.detach()))
-        x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2)
-        q_cross = self.q.forward(_rows(second.normed_BLD))
-        kv = self.kv.forward(_rows(context_BSD))
-        q = self._heads(q_cross[0], self.norms[2], None, samples)
-        k, v = (self._heads(x, norm, None, samples) for x, norm in zip(kv, (self.norms[3], None), strict=True))
-        cross_attended = _attend(cross_attn.attend, q, k, v)
-        cross_output = self.cross_output.forward(_rows(cross_attended.output.detach()))
-        x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3)
-        wide = self.wide.forward(_rows(third.normed_BLD))
-        activated = gelu(wide[0])
-        narrow = self.narrow.forward(activated)
+        _, first = gated_norm(x_first, None, shift_scale_1, self.qkv.empty_input(count))
+        qkv = self.qkv.forward(first.normed_ND)
+        q, k = (self._normed(x, norm, rotary, x_BLD) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
+        self_attended = _attend(self_attn.attend, q, k, self._heads(qkv[2], x_BLD))
+        self_output = self.self_output.forward_late(_rows(self_attended.output.detach()))
+
+        into = self.q.empty_input(count)
+        x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2, into)
+        q_cross = self.q.forward(second.normed_ND)
+        context_rows = self.kv.empty_input(context_BSD.shape[0] * context_BSD.shape[1]).copy_(_rows(context_BSD))
+        kv = self.kv.forward(context_rows)
+        q, k = self._normed(q_cross[0], self.norms[2], None, x_BLD), self._normed(kv[0], self.norms[3], None, x_BLD)
+        cross_attended = _attend(cross_attn.attend, q, k, self._heads(kv[1], x_BLD))
+        cross_output = self.cross_output.forward_late(_rows(cross_attended.output.detach()))
+
+        into = self.wide.empty_input(count)
+        x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3, into)
+        wide = self.wide.forward(third.normed_ND)
+        activated = torch.empty_like(wide[0])
+        gelu(wide[0], activated)
+        narrow = self.narrow.forward_late(activated)
         x_out, _ = gated_norm(x_third, Gated(narrow[0], gate_3), None)
         return x_out, _Activations(
-            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, kv, cross_attended,
-            cross_output, x_third, third, wide, activated, narrow,
+            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, context_rows, kv,
+            cross_attended, cross_output, x_third, third, wide, activated, narrow,
         )  # fmt: skip
 
     def backward(
@@ -154,7 +158,6 @@ class FusedBlock:
         dx_BLD: Tensor,
         saved: _Activations,
         modulations: Sequence[Tensor],
-        context_BSD: Tensor,
         rotary: RotaryTables,
         wants_x: bool,
         wants_modulations: bool,
@@ -163,84 +166,80 @@ class FusedBlock:
         """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
         (shift_scale_1, gate_1), (shift_scale_2, gate_2), (shift_scale_3, gate_3) = map(_parts, modulations)
         found: dict[int, list[Tensor]] = {}
-        samples = len(dx_BLD)
+        count = dx_BLD.shape[0] * dx_BLD.shape[1]
         partial = empty_sums(dx_BLD, slots=9) if wants_modulations else None
 
         def sums(norm: int, gate: int) -> ModulationSums | None:
             """For shift and scale of one branch, counted from 0, and the gate of another."""
             return None if partial is None else ModulationSums(partial, 3 * norm, 3 * gate + 2)
 
-        _, dbranch = gated_norm_backward(
-            dx_BLD, None, saved.x_third, None, None, Gated(saved.narrow[0], gate_3), sums(2, 2)
+        gradients = self.narrow.empty_gradients(count)
+        gated_norm_backward(
+            dx_BLD, None, saved.x_third, None, None, Gated(saved.narrow[0], gate_3), gradients[0], sums(2, 2)
         )
-        dactivated, found[6] = self.narrow.backward([dbranch], saved.activated, saved.narrow, True)
-        dwide = gelu_backward(dactivated, saved.wide[0])
-        normed = _rows(saved.third.normed_BLD)
-        dnormed, found[5] = self.wide.backward([dwide], normed, saved.wide, True)
-        dx_BLD, dbranch = gated_norm_backward(
-            dx_BLD, dnormed, saved.x_third, saved.third, shift_scale_3, Gated(saved.cross_output[0], gate_2), sums(2, 1)
-        )
-        del dactivated, dwide, dnormed, normed
+        dactivated, found[6] = self.narrow.backward(gradients, saved.activated, saved.narrow[1], True)
+        gradients = self.wide.empty_gradients(count)
+        gelu_backward(dactivated, saved.wide[0], gradients[0])
+        dnormed, found[5] = self.wide.backward(gradients, saved.third.normed_ND, None, True)
+        gradients = self.cross_output.empty_gradients(count)
+        dx_BLD = gated_norm_backward(
+            dx_BLD, dnormed, saved.x_third, saved.third, shift_scale_3, Gated(saved.cross_output[0], gate_2), gradients[0],
+            sums(2, 1),
+        )  # fmt: skip
+        del dactivated, dnormed
 
         attended = saved.cross_attended
-        dattended, found[4] = self.cross_output.backward(
-            [dbranch], _rows(attended.output.detach()), saved.cross_output, True
-        )
+        rows = _rows(attended.output.detach())
+        dattended, found[4] = self.cross_output.backward(gradients, rows, saved.cross_output[1], True)
         dq, dk, dv = _attend_backward(attended, dattended)
-        gradients = self.q.empty_gradients(len(dq))
-        dnorm_q = self._heads_backward(dq, saved.q[0], self.norms[2], None, gradients[0], samples)
-        dnormed, found[2] = self.q.backward(gradients, _rows(saved.second.normed_BLD), saved.q, True)
+        gradients = self.q.empty_gradients(count)
+        found[9] = self._normed_backward(dq, saved.q[0], self.norms[2], None, gradients[0], dx_BLD)
+        dnormed, found[2] = self.q.backward(gradients, saved.second.normed_ND, None, True)
         gradients = self.kv.empty_gradients(len(dk))
-        dnorm_k = self._heads_backward(dk, saved.kv[0], self.norms[3], None, gradients[0], samples)
+        found[10] = self._normed_backward(dk, saved.kv[0], self.norms[3], None, gradients[0], dx_BLD)
         gradients[1].copy_(dv)
-        dcontext, found[3] = self.kv.backward(gradients, _rows(context_BSD), saved.kv, wants_context)
-        dcontext_BSD = None if dcontext is None else added(dcontext).view_as(context_BSD)
-        found[9], found[10] = dnorm_q, dnorm_k
-        dx_BLD, dbranch = gated_norm_backward(
-            dx_BLD,
-            dnormed,
-            saved.x_second,
-            saved.second,
-            shift_scale_2,
-            Gated(saved.self_output[0], gate_1),
+        dcontext, found[3] = self.kv.backward(gradients, saved.context_rows, None, wants_context)
+        gradients = self.self_output.empty_gradients(count)
+        dx_BLD = gated_norm_backward(
+            dx_BLD, dnormed, saved.x_second, saved.second, shift_scale_2, Gated(saved.self_output[0], gate_1), gradients[0],
             sums(1, 0),
-        )
-        del attended, dattended, dq, dk, dv, gradients, dnormed
+        )  # fmt: skip
+        del attended, dattended, dq, dk, dv, dnormed
 
         attended = saved.self_attended
-        dattended, found[1] = self.self_output.backward(
-            [dbranch], _rows(attended.output.detach()), saved.self_output, True
-        )
+        rows = _rows(attended.output.detach())
+        dattended, found[1] = self.self_output.backward(gradients, rows, saved.self_output[1], True)
         dq, dk, dv = _attend_backward(attended, dattended)
-        gradients = self.qkv.empty_gradients(len(dq))
-        found[7] = self._heads_backward(dq, saved.qkv[0], self.norms[0], rotary, gradients[0], samples)
-        found[8] = self._heads_backward(dk, saved.qkv[1], self.norms[1], rotary, gradients[1], samples)
+        gradients = self.qkv.empty_gradients(count)
+        found[7] = self._normed_backward(dq, saved.qkv[0], self.norms[0], rotary, gradients[0], dx_BLD)
+        found[8] = self._normed_backward(dk, saved.qkv[1], self.norms[1], rotary, gradients[1], dx_BLD)
         gradients[2].copy_(dv)
         wants_normed = wants_x or wants_modulations
-        dnormed, found[0] = self.qkv.backward(gradients, _rows(saved.first.normed_BLD), saved.qkv, wants_normed)
+        dnormed, found[0] = self.qkv.backward(gradients, saved.first.normed_ND, None, wants_normed)
         if wants_normed:
-            dx_BLD, _ = gated_norm_backward(
-                dx_BLD, dnormed, saved.x_first, saved.first, shift_scale_1, None, sums(0, 0)
+            dx_BLD = gated_norm_backward(
+                dx_BLD, dnormed, saved.x_first, saved.first, shift_scale_1, None, None, sums(0, 0)
             )
         dmodulations: Sequence[Tensor | None] = [None] * 3
         if partial is not None:
             dmodulations = summed(partial).to(modulations[0].dtype).chunk(3, dim=1)
+        dcontext_BSD = None if dcontext is None else dcontext.unflatten(0, (len(dx_BLD), -1))
         return dx_BLD if wants_x else None, dmodulations, dcontext_BSD, [g for part in range(11) for g in found[part]]
 
-    def _heads(self, x: Sum, norm: FusedNorm | None, rotary: RotaryTables | None, samples: int) -> Tensor:
-        """(B, L, heads, D)"""
-        length = len(x.base_NK) // samples
-        out = head_norm(x, None if norm is None else norm.weight(), rotary, length, self.head_size)
-        return out.view(samples, length, -1, self.head_size)
+    def _heads(self, x_NE: Tensor, x_BLD: Tensor) -> Tensor:
+        """Rows of as many samples as x as (B, L, heads, D)."""
+        return x_NE.unflatten(0, (len(x_BLD), -1)).unflatten(2, (-1, self.head_size))
 
-    def _heads_backward(
-        self, dout: Tensor, x: Sum, norm: FusedNorm, rotary: RotaryTables | None, dx: Tensor, samples: int
+    def _normed(self, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, x_BLD: Tensor) -> Tensor:
+        """(B, L, heads, D)"""
+        return self._heads(head_norm(x_NE, norm.weight(), rotary, len(x_NE) // len(x_BLD)), x_BLD)
+
+    def _normed_backward(
+        self, dout: Tensor, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, dx_NE: Tensor, x_BLD: Tensor
     ) -> list[Tensor]:
         """Writes the gradient of x to dx; returns that of the norm's parameter, if it has one."""
-        length = len(x.base_NK) // samples
-        dweight = head_norm_backward(
-            dout, x, norm.weight(), rotary, length, self.head_size, dx, norm.adapter is not None
-        )
+        length = len(x_NE) // len(x_BLD)
+        dweight = head_norm_backward(dout, x_NE, norm.weight(), rotary, length, dx_NE, norm.adapter is not None)
         return [] if norm.adapter is None else [dweight]
 
 
@@ -261,12 +260,12 @@ class _RunBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx_BLD: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, wants_context, wants_modulations = ctx.needs_input_grad[:3]
-        saved = ctx.activations
+        saved, rotary = ctx.activations, ctx.inputs[3]
         if saved is None:
             _, saved = ctx.fused.forward(*ctx.inputs)
         ctx.activations = None
         dx, dmodulations, dcontext, found = ctx.fused.backward(
-            dx_BLD.contiguous(), saved, *ctx.inputs[1:], wants_x, wants_modulations, wants_context
+            dx_BLD.contiguous(), saved, ctx.inputs[1], rotary, wants_x, wants_modulations, wants_context
         )
         return dx, dcontext, *dmodulations, None, None, *found
 
@@ -372,7 +371,7 @@ def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Att
         return Attended(inputs, function(q_parts, k_parts, v_parts).view(samples, length, -1))
 
 
-def _attend_backward(attended: Attended, dout: Sum) -> list[Tensor]:
+def _attend_backward(attended: Attended, dout_NE: Tensor) -> list[Tensor]:
     """Gradients of q, k and v, [N, heads * D] each."""
-    gradients = torch.autograd.grad(attended.output, attended.inputs, added(dout).view_as(attended.output))
+    gradients = torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))
     return [gradient.flatten(2).flatten(0, 1) for gradient in gradients]

@@ -1,12 +1,13 @@
-"""Frozen Linears that share an input, with their LoRAs, as one matrix product forward and two backward.
+"""Frozen Linears that share an input, with their LoRAs, as one matrix product forward and one backward.
 
 Of W [out, in] and its LoRA's down A [r, in] and up B [out, r], times alpha / rank, one storage holds
 
     [[W, B],
      [A, 0]]
 
-so that x [W; A]ᵀ gives the base output and the rank activations at once, and dy [W, B] both their gradients. What the
-LoRA adds to either is left to whoever reads it, as a `Sum`.
+so that [x, h] [W, B]ᵀ with h = x Aᵀ is the output, the LoRA's part and all, and [dy, dh] [W; A] with dh = dy B the
+gradient of x. For that x and dy come in rooms that have columns left for h and dh. Of an x without room,
+x [W; A]ᵀ gives the base output and h at once; the LoRA's part is left to whoever reads it, as a `Sum`.
 """
 
 from __future__ import annotations
@@ -21,41 +22,43 @@ from networks.lora import LoRA
 
 # Ranks are padded by zeros to multiples of what matrix units take at a time.
 _LEAST_RANK = 16
+# What is left to readers is multiplied without matrix units: of larger ranks that takes longer than a pass over memory.
+_MOST_LATE_RANK = 32
 
 
 class JointLinear:
     """Linears of one input; adapters: None where one has none. Their weights become views of the joint storage."""
 
     def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None]) -> None:
-        self.adapters = adapters
-        self.in_features = linears[0].in_features
-        widths = [linear.out_features for linear in linears]
-        self.out_features = sum(widths)
-        self.starts = [sum(widths[:number]) for number in range(len(widths))]
-        self.widths = widths
+        self._adapters = adapters
+        self._in = linears[0].in_features
+        self._widths = [linear.out_features for linear in linears]
+        self._out = sum(self._widths)
+        self._starts = [sum(self._widths[:number]) for number in range(len(linears))]
         largest = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
-        self.rank = _padded(largest)
-        self.joint_rank = _padded(self.rank * len(linears))
+        self._rank = -(-largest // _LEAST_RANK) * _LEAST_RANK
+        ranks = self._rank * len(linears)
         weight = linears[0].weight
-        self.up_t = weight.new_zeros(self.rank, self.out_features)
-        self.storage = weight.new_zeros(self.out_features + self.joint_rank, self.in_features + self.joint_rank)
-        for linear, start in zip(linears, self.starts, strict=True):
-            place = self.storage[start : start + linear.out_features, : self.in_features]
+        self._storage = weight.new_zeros(self._out + ranks, self._in + ranks)
+        # Once more, in the order in which kernels that add late read it.
+        self._up_t = weight.new_zeros(self._rank, self._out)
+        for linear, start in zip(linears, self._starts, strict=True):
+            place = self._storage[start : start + linear.out_features, : self._in]
             place.copy_(linear.weight.detach())
             linear.weight.data = place
 
     def parameters(self) -> list[nn.Parameter]:
         """Of all adapters, in the order of `backward`'s gradients."""
-        own = [(adapter.lora_down.weight, adapter.lora_up.weight) for adapter in self.adapters if adapter is not None]
+        own = [(adapter.lora_down.weight, adapter.lora_up.weight) for adapter in self._adapters if adapter is not None]
         return [parameter for pair in own for parameter in pair]
 
     def copies(self) -> list[tuple[Tensor, Tensor, float]]:
         """What must be brought into the storage before `forward`: each adapter weight, its place, and its factor."""
         found = []
-        for number, adapter in enumerate(self.adapters):
+        for number, adapter in enumerate(self._adapters):
             if adapter is not None:
-                down, up = self._places(number, adapter.rank)
-                up_t = self.up_t[: adapter.rank, self.starts[number] :][:, : self.widths[number]]
+                down, up = (place.narrow(dim, 0, adapter.rank) for dim, place in enumerate(self._places(number)))
+                up_t = self._up_t[: adapter.rank].narrow(1, self._starts[number], self._widths[number])
                 found += [
                     (adapter.lora_down.weight, down, 1.0),
                     (adapter.lora_up.weight, up, adapter.scale),
@@ -63,61 +66,63 @@ class JointLinear:
                 ]
         return found
 
-    def forward(self, x_NI: Tensor) -> list[Sum]:
-        """Each Linear's output, with its adapter."""
-        y = x_NI @ self.storage[:, : self.in_features].t()
-        sums = []
-        for number, (start, width) in enumerate(zip(self.starts, self.widths, strict=True)):
-            base = y[:, start : start + width]
-            if self.adapters[number] is None:
-                sums.append(Sum(base))
-                continue
-            first = number * self.rank
-            hidden = y[:, self.out_features + first : self.out_features + first + self.rank]
-            sums.append(Sum(base, hidden, self.up_t[:, start : start + width]))
-        return sums
+    def empty_input(self, count: int) -> Tensor:
+        """Where x goes for `forward`: [N, in]."""
+        return self._storage.new_empty(count, self._storage.shape[1])[:, : self._in]
+
+    def forward(self, x_NI: Tensor) -> list[Tensor]:
+        """Each Linear's output [N, out], of an x from `empty_input`."""
+        room = _room(x_NI)
+        if self._rank:
+            torch.mm(x_NI, self._storage[self._out :, : self._in].t(), out=room[:, self._in :])
+        return list((room @ self._storage[: self._out].t()).split(self._widths, dim=1))
+
+    def forward_late(self, x_NI: Tensor) -> tuple[Sum, Tensor | None]:
+        """The only Linear's output, of any x, and h."""
+        y = x_NI @ self._storage[:, : self._in].t()
+        if not self._rank:
+            return Sum(y), None
+        base_NO, hidden_NR = y[:, : self._out], y[:, self._out :]
+        if self._rank > _MOST_LATE_RANK:
+            return Sum(torch.addmm(base_NO, hidden_NR, self._up_t)), hidden_NR
+        return Sum(base_NO, hidden_NR, self._up_t), hidden_NR
 
     def empty_gradients(self, count: int) -> list[Tensor]:
-        """Where the gradients of each Linear's output go, [N, out] each, for `backward`."""
-        return list(self.storage.new_empty(count, self.out_features).split(self.widths, dim=1))
+        """Where the gradients of each Linear's output go for `backward`: [N, out]."""
+        room = self._storage.new_empty(count, self._storage.shape[0])
+        return list(room[:, : self._out].split(self._widths, dim=1))
 
     def backward(
-        self, gradients: Sequence[Tensor], x_NI: Tensor, outputs: Sequence[Sum], wants_input: bool
-    ) -> tuple[Sum | None, list[Tensor]]:
-        """The gradient of x, if wanted, and those of the parameters, float32; from those of the outputs."""
-        joint = torch.as_strided(gradients[0], (len(x_NI), self.out_features), (self.out_features, 1))
-        if not wants_input and self.joint_rank == 0:
-            return None, []
-        first = 0 if wants_input else self.in_features
-        dx = joint @ self.storage[: self.out_features, first:]
-        dhidden = dx[:, self.in_features - first :]
+        self, gradients: Sequence[Tensor], x_NI: Tensor, hidden_NR: Tensor | None, wants_input: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """The gradient of x [N, in], if wanted, and those of the parameters, float32; from those of the outputs.
+
+        hidden: h as `forward_late` gave it; else x is the one that `forward` took, and h beside it.
+        """
+        room = _room(gradients[0])
+        dy_NO, dhidden_NR = room[:, : self._out], room[:, self._out :]
         found = []
-        for number, adapter in enumerate(self.adapters):
-            if adapter is None:
-                continue
-            own = slice(number * self.rank, number * self.rank + adapter.rank)
-            ddown = _product(dhidden[:, own].t(), x_NI)
-            dup = _product(gradients[number].t(), outputs[number].hidden_NR[:, : adapter.rank])
-            found += [ddown, dup if adapter.scale == 1 else dup * adapter.scale]
-        if not wants_input:
-            return None, found
-        if self.joint_rank == 0:
-            return Sum(dx), found
-        return Sum(dx[:, : self.in_features], dhidden, self.storage[self.out_features :, : self.in_features]), found
+        if self._rank:
+            torch.mm(dy_NO, self._storage[: self._out, self._in :], out=dhidden_NR)
+            hidden_NR = _room(x_NI)[:, self._in :] if hidden_NR is None else hidden_NR
+            ddown, dup = _product(dhidden_NR.t(), x_NI), _product(dy_NO.t(), hidden_NR)
+            for number, adapter in enumerate(self._adapters):
+                if adapter is not None:
+                    ranks = slice(number * self._rank, number * self._rank + adapter.rank)
+                    own = dup[:, ranks].narrow(0, self._starts[number], self._widths[number])
+                    found += [ddown[ranks], own if adapter.scale == 1 else own * adapter.scale]
+        return room @ self._storage[:, : self._in] if wants_input else None, found
 
-    def _places(self, number: int, rank: int) -> tuple[Tensor, Tensor]:
-        """Where an adapter's down [rank, in] and up [out, rank] lie."""
-        start, first = self.starts[number], number * self.rank
-        down = self.storage[self.out_features + first : self.out_features + first + rank, : self.in_features]
-        up = self.storage[
-            start : start + self.widths[number], self.in_features + first : self.in_features + first + rank
-        ]
-        return down, up
+    def _places(self, number: int) -> tuple[Tensor, Tensor]:
+        """Where an adapter's down [rank, in] and up [out, rank] lie, with the padding of their ranks."""
+        down = self._storage[self._out :, : self._in].narrow(0, number * self._rank, self._rank)
+        up = self._storage[: self._out, self._in :].narrow(1, number * self._rank, self._rank)
+        return down, up.narrow(0, self._starts[number], self._widths[number])
 
 
-def _padded(rank: int) -> int:
-    """The rank that is computed with."""
-    return -(-rank // _LEAST_RANK) * _LEAST_RANK
+def _room(first: Tensor) -> Tensor:
+    """The whole room, of which a tensor [N, …] has the first columns."""
+    return first.as_strided((first.shape[0], first.stride(0)), (first.stride(0), 1))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -25,20 +25,26 @@ class JointLoKr:
     def copies(self) -> list[tuple[Tensor, Tensor, float]]:
         return []
 
-    def forward(self, x_NI: Tensor) -> list[Sum]:
-        dtype, sums = x_NI.dtype, []
+    def empty_input(self, count: int) -> Tensor:
+        return self._linears[0].weight.new_empty(count, self._linears[0].in_features)
+
+    def forward(self, x_NI: Tensor) -> list[Tensor]:
+        dtype, outputs = x_NI.dtype, []
         self._factors = [None if adapter is None else adapter.scaled_factors(dtype) for adapter in self._adapters]
         for linear, factors in zip(self._linears, self._factors, strict=True):
             y_NO = x_NI @ linear.weight.t()
-            sums.append(Sum(y_NO if factors is None else add_kronecker(y_NO, x_NI, *factors)))
-        return sums
+            outputs.append(y_NO if factors is None else add_kronecker(y_NO, x_NI, *factors))
+        return outputs
+
+    def forward_late(self, x_NI: Tensor) -> tuple[Sum, None]:
+        return Sum(self.forward(x_NI)[0]), None
 
     def empty_gradients(self, count: int) -> list[Tensor]:
         return [linear.weight.new_empty(count, linear.out_features) for linear in self._linears]
 
     def backward(
-        self, gradients: Sequence[Tensor], x_NI: Tensor, _outputs: Sequence[Sum], wants_input: bool
-    ) -> tuple[Sum | None, list[Tensor]]:
+        self, gradients: Sequence[Tensor], x_NI: Tensor, _hidden_NR: Tensor | None, wants_input: bool
+    ) -> tuple[Tensor | None, list[Tensor]]:
         dx_NI, found = None, []
         for linear, adapter, factors, dy_NO in zip(
             self._linears, self._adapters, self._factors, gradients, strict=True
@@ -51,4 +57,4 @@ class JointLoKr:
                 with torch.enable_grad():
                     made = adapter.scaled_factors(factors[0].dtype)
                 found += torch.autograd.grad(made, list(adapter.parameters()), dfactors)
-        return (None if dx_NI is None else Sum(dx_NI)), found
+        return dx_NI, found

@@ -1,7 +1,6 @@
 """Triton kernels of `block_ops`, whose functions say what each computes. Imported on CUDA only.
 
-A program works on some rows (tokens) of one sample. What is added late, `hidden @ weight` of a rank of a few dozen,
-is multiplied in the kernel that needs the sum: the sum is never written, which would take two passes over memory.
+A program works on some rows (tokens) of one sample.
 Sums over rows (gradients of modulations and norm weights) are left as one partial sum a program, added afterwards in
 a fixed order, so that two runs give the same bits.
 """
@@ -22,46 +21,34 @@ from library.anima_runtime.block_ops import Gated, Modulation, ModulationSums, N
 _EPS = 1e-6
 # Rows a program takes at a time, columns or heads, its warps, and whether ranks are multiplied without matrix units;
 # measured on an H200 (docs/performance.md). PROGRAMS: of a launch, each of which takes rows again and again.
-NORM_LAUNCH = {"ROWS": 4, "num_warps": 8, "FMA": True}
-NORM_BACKWARD_LAUNCH = {"ROWS": 4, "num_warps": 8, "FMA": True, "PROGRAMS": 264}
-HEAD_LAUNCH = {"ROWS": 32, "HEADS": 4, "num_warps": 4, "FMA": False}
-HEAD_BACKWARD_LAUNCH = {"ROWS": 64, "HEADS": 2, "num_warps": 4, "FMA": False}
-ACTIVATION_LAUNCH = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "FMA": False}
-ACTIVATION_BACKWARD_LAUNCH = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "FMA": False}
+NORM_LAUNCH = {"ROWS": 2, "num_warps": 4}
+NORM_BACKWARD_LAUNCH = {"ROWS": 2, "num_warps": 8, "PROGRAMS": 264}
+HEAD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
+HEAD_BACKWARD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
+GELU_LAUNCH = {"SIZE": 2048, "num_warps": 4}
 SUM_LAUNCH = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 _COPY_SIZE = 2048
-# Ranks are multiplied so many at a time; a matrix unit takes 16 at least.
-_LEAST_RANKS, _MOST_RANKS = 16, 64
 
 
 @triton.jit
 def _load_sum(
-    base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
-    RANK: tl.constexpr, RANKS: tl.constexpr, FMA: tl.constexpr,
+    base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, weight_stride, RANK: tl.constexpr,
 ):  # fmt: skip
-    """base + hidden @ weight at these rows and columns: float32. RANKS are multiplied at a time."""
+    """base + hidden @ weight at these rows and columns: float32. Not by matrix units, which take 16 rows and more."""
     total = tl.load(base + rows[:, None] * base_stride + columns[None, :], mask=kept[:, None], other=0.0)
     total = total.to(tl.float32)
-    for first in tl.static_range(0, RANK, RANKS):
-        if FMA:
-            for rank in tl.static_range(RANKS):
-                a = tl.load(hidden + rows * hidden_stride + (first + rank), mask=kept, other=0.0).to(tl.float32)
-                b = tl.load(weight + (first + rank) * rank_stride + columns * column_stride).to(tl.float32)
-                total += a[:, None] * b[None, :]
-        else:
-            ranks = first + tl.arange(0, RANKS)
-            a = tl.load(hidden + rows[:, None] * hidden_stride + ranks[None, :], mask=kept[:, None], other=0.0)
-            b = tl.load(weight + ranks[:, None] * rank_stride + columns[None, :] * column_stride)
-            total = tl.dot(a, b, total, input_precision="ieee")
+    for rank in tl.static_range(RANK):
+        a = tl.load(hidden + rows * hidden_stride + rank, mask=kept, other=0.0).to(tl.float32)
+        b = tl.load(weight + rank * weight_stride + columns).to(tl.float32)
+        total += a[:, None] * b[None, :]
     return total
 
 
 @triton.jit
 def _gated_norm(
-    x, base, hidden, weight, hidden_stride, rank_stride, column_stride, gate, shift, scale,
-    x_out, normed, mean_out, rstd_out, length, base_stride, gate_stride, modulation_stride, eps,
-    WIDTH: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
-    ROWS: tl.constexpr, FMA: tl.constexpr,
+    x, base, hidden, weight, hidden_stride, weight_stride, gate, shift, scale,
+    x_out, normed, mean_out, rstd_out, length, base_stride, normed_stride, gate_stride, modulation_stride, eps,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1)
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -71,8 +58,7 @@ def _gated_norm(
     here = rows[:, None] * WIDTH + columns[None, :]
     value = tl.load(x + here, mask=kept[:, None], other=0.0).to(tl.float32)
     if HAS_BRANCH:
-        branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride,
-                           column_stride, RANK, RANKS, FMA)  # fmt: skip
+        branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, weight_stride, RANK)
         value += tl.load(gate + sample * gate_stride + columns).to(tl.float32)[None, :] * branch
         rounded = value.to(x_out.dtype.element_ty)
         tl.store(x_out + here, rounded, mask=kept[:, None])
@@ -86,16 +72,17 @@ def _gated_norm(
         up = 1.0 + tl.load(scale + sample * modulation_stride + columns).to(tl.float32)
         add = tl.load(shift + sample * modulation_stride + columns).to(tl.float32)
         value = value * rstd[:, None] * up[None, :] + add[None, :]
-        tl.store(normed + here, value.to(normed.dtype.element_ty), mask=kept[:, None])
+        there = rows[:, None] * normed_stride + columns[None, :]
+        tl.store(normed + there, value.to(normed.dtype.element_ty), mask=kept[:, None])
 
 
 @triton.jit
 def _gated_norm_backward(
-    dx, dnormed, dhidden, dweight, dhidden_stride, drank_stride, dcolumn_stride, x, mean_in, rstd_in, scale,
-    base, hidden, weight, hidden_stride, rank_stride, column_stride, gate, dx_out, dbranch, partial,
-    length, dnormed_stride, modulation_stride, base_stride, gate_stride, slots, norm_slot, gate_slot,
-    WIDTH: tl.constexpr, DRANK: tl.constexpr, DRANKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr, MODULATION: tl.constexpr, ROWS: tl.constexpr, FMA: tl.constexpr,
+    dx, dnormed, x, mean_in, rstd_in, scale,
+    base, hidden, weight, hidden_stride, weight_stride, gate, dx_out, dbranch, partial,
+    length, modulation_stride, base_stride, dbranch_stride, gate_stride, slots, norm_slot, gate_slot,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
+    MODULATION: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1)
     columns = tl.arange(0, WIDTH)
@@ -117,8 +104,7 @@ def _gated_norm_backward(
             mean = tl.load(mean_in + rows, mask=kept, other=0.0)
             rstd = tl.load(rstd_in + rows, mask=kept, other=0.0)
             unit = (unit - mean[:, None]) * rstd[:, None]
-            d = _load_sum(dnormed, dhidden, dweight, rows, kept, columns, dnormed_stride, dhidden_stride, drank_stride,
-                          dcolumn_stride, DRANK, DRANKS, FMA)  # fmt: skip
+            d = tl.load(dnormed + here, mask=kept[:, None], other=0.0).to(tl.float32)
             if MODULATION:
                 dshift += tl.sum(d, 0)
                 dscale += tl.sum(d * unit, 0)
@@ -128,10 +114,11 @@ def _gated_norm_backward(
             value += rstd[:, None] * (d - across[:, None] - unit * along[:, None])
             tl.store(dx_out + here, value.to(dx_out.dtype.element_ty), mask=kept[:, None])
         if HAS_BRANCH:
-            tl.store(dbranch + here, (value * opening[None, :]).to(dbranch.dtype.element_ty), mask=kept[:, None])
+            there = rows[:, None] * dbranch_stride + columns[None, :]
+            tl.store(dbranch + there, (value * opening[None, :]).to(dbranch.dtype.element_ty), mask=kept[:, None])
             if MODULATION:
-                branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride,
-                                   column_stride, RANK, RANKS, FMA)  # fmt: skip
+                branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride,
+                                   weight_stride, RANK)  # fmt: skip
                 dgate += tl.sum(value * branch, 0)
     if MODULATION:
         sums = partial + (sample * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * slots * WIDTH
@@ -155,77 +142,62 @@ def _sum_programs(partial, out, programs, width, ROWS: tl.constexpr, COLUMNS: tl
 
 
 @triton.jit
-def _load_head(
-    base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride, column_stride,
-    HALF: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, FMA: tl.constexpr,
-):  # fmt: skip
-    """The first and second half of a head's columns."""
-    a = _load_sum(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride, column_stride,
-                  RANK, RANKS, FMA)  # fmt: skip
-    b = _load_sum(base, hidden, weight, rows, kept, first + HALF, base_stride, hidden_stride, rank_stride,
-                  column_stride, RANK, RANKS, FMA)  # fmt: skip
-    return a, b
-
-
-@triton.jit
 def _head_norm(
-    base, hidden, weight, hidden_stride, rank_stride, column_stride, norm, cos, sin, out,
-    count, length, base_stride, eps, WIDTH: tl.constexpr, HALF: tl.constexpr, RANK: tl.constexpr,
-    RANKS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROTARY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-    FMA: tl.constexpr,
+    x, norm, cos, sin, out, count, length, x_stride, eps, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    HAS_ROTARY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = places < count
+    kept = (places < count)[:, None]
     rows = places.to(tl.int64)
     half = tl.arange(0, HALF)
+    norm_a = tl.load(norm + half)[None, :]
+    norm_b = tl.load(norm + HALF + half)[None, :]
     if HAS_ROTARY:
         angle = (places % length)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle)
         s = tl.load(sin + angle)
     for head in tl.static_range(HEADS):
         first = (tl.program_id(1) * HEADS + head) * 2 * HALF + half
-        a, b = _load_head(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride,
-                          column_stride, HALF, RANK, RANKS, FMA)  # fmt: skip
-        if HAS_NORM:
-            rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
-            a *= rstd[:, None] * tl.load(norm + half)[None, :]
-            b *= rstd[:, None] * tl.load(norm + HALF + half)[None, :]
+        here = rows[:, None] * x_stride + first[None, :]
+        a = tl.load(x + here, mask=kept, other=0.0).to(tl.float32)
+        b = tl.load(x + here + HALF, mask=kept, other=0.0).to(tl.float32)
+        rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
+        a *= rstd[:, None] * norm_a
+        b *= rstd[:, None] * norm_b
         if HAS_ROTARY:
             turned = a * c - b * s
             b = b * c + a * s
             a = turned
         there = rows[:, None] * WIDTH + first[None, :]
-        tl.store(out + there, a.to(out.dtype.element_ty), mask=kept[:, None])
-        tl.store(out + there + HALF, b.to(out.dtype.element_ty), mask=kept[:, None])
+        tl.store(out + there, a.to(out.dtype.element_ty), mask=kept)
+        tl.store(out + there + HALF, b.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
 def _head_norm_backward(
-    dout, base, hidden, weight, hidden_stride, rank_stride, column_stride, norm, cos, sin, dbase, partial,
-    count, length, dout_stride, base_stride, dbase_stride, eps,
-    HALF: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, HAS_ROTARY: tl.constexpr, WEIGHT: tl.constexpr,
-    ROWS: tl.constexpr, HEADS: tl.constexpr,
-    FMA: tl.constexpr,
+    dout, x, norm, cos, sin, dx, partial, count, length, dout_stride, x_stride, dx_stride, eps,
+    HALF: tl.constexpr, HAS_ROTARY: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = places < count
+    kept = (places < count)[:, None]
     rows = places.to(tl.int64)
     half = tl.arange(0, HALF)
     norm_a = tl.load(norm + half)[None, :]
     norm_b = tl.load(norm + HALF + half)[None, :]
-    sum_a = tl.zeros((HALF,), tl.float32)
-    sum_b = tl.zeros((HALF,), tl.float32)
+    sum_a = tl.zeros((ROWS, HALF), tl.float32)
+    sum_b = tl.zeros((ROWS, HALF), tl.float32)
     if HAS_ROTARY:
         angle = (places % length)[:, None] * HALF + half[None, :]
         c = tl.load(cos + angle)
         s = tl.load(sin + angle)
     for head in tl.static_range(HEADS):
         first = (tl.program_id(1) * HEADS + head) * 2 * HALF + half
-        a, b = _load_head(base, hidden, weight, rows, kept, first, base_stride, hidden_stride, rank_stride,
-                          column_stride, HALF, RANK, RANKS, FMA)  # fmt: skip
+        here = rows[:, None] * x_stride + first[None, :]
+        a = tl.load(x + here, mask=kept, other=0.0).to(tl.float32)
+        b = tl.load(x + here + HALF, mask=kept, other=0.0).to(tl.float32)
         here = rows[:, None] * dout_stride + first[None, :]
-        da = tl.load(dout + here, mask=kept[:, None], other=0.0).to(tl.float32)
-        db = tl.load(dout + here + HALF, mask=kept[:, None], other=0.0).to(tl.float32)
+        da = tl.load(dout + here, mask=kept, other=0.0).to(tl.float32)
+        db = tl.load(dout + here + HALF, mask=kept, other=0.0).to(tl.float32)
         rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
         a *= rstd[:, None]
         b *= rstd[:, None]
@@ -234,20 +206,20 @@ def _head_norm_backward(
             db = db * c - da * s
             da = turned
         if WEIGHT:
-            sum_a += tl.sum(da * a, 0)
-            sum_b += tl.sum(db * b, 0)
+            sum_a += da * a
+            sum_b += db * b
         da *= norm_a
         db *= norm_b
         along = (tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * HALF)
         da = rstd[:, None] * (da - a * along[:, None])
         db = rstd[:, None] * (db - b * along[:, None])
-        there = rows[:, None] * dbase_stride + first[None, :]
-        tl.store(dbase + there, da.to(dbase.dtype.element_ty), mask=kept[:, None])
-        tl.store(dbase + there + HALF, db.to(dbase.dtype.element_ty), mask=kept[:, None])
+        there = rows[:, None] * dx_stride + first[None, :]
+        tl.store(dx + there, da.to(dx.dtype.element_ty), mask=kept)
+        tl.store(dx + there + HALF, db.to(dx.dtype.element_ty), mask=kept)
     if WEIGHT:
         sums = partial + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 2 * HALF
-        tl.store(sums + half, sum_a)
-        tl.store(sums + HALF + half, sum_b)
+        tl.store(sums + half, tl.sum(sum_a, 0))
+        tl.store(sums + HALF + half, tl.sum(sum_b, 0))
 
 
 @triton.jit
@@ -269,41 +241,23 @@ def _normal(u):
 
 
 @triton.jit
-def _activate(
-    base, hidden, weight, hidden_stride, rank_stride, column_stride, out, count, width, base_stride,
-    RANK: tl.constexpr, RANKS: tl.constexpr, HAS_GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FMA: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    kept = rows < count
-    u = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
-                   RANK, RANKS, FMA)  # fmt: skip
-    if HAS_GELU:
-        below, _ = _normal(u)
-        u *= below
-    tl.store(out + rows[:, None] * width + columns[None, :], u.to(out.dtype.element_ty), mask=kept[:, None])
+def _gelu(x, out, width, out_stride, SIZE: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    u = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+    below, _ = _normal(u)
+    tl.store(out + row * out_stride + columns, (u * below).to(out.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
-def _gelu_backward(
-    dout, dhidden, dweight, dhidden_stride, drank_stride, dcolumn_stride,
-    base, hidden, weight, hidden_stride, rank_stride, column_stride, dbase, count, width, dout_stride, base_stride,
-    DRANK: tl.constexpr, DRANKS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    FMA: tl.constexpr,
-):  # fmt: skip
-    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    kept = rows < count
-    d = _load_sum(dout, dhidden, dweight, rows, kept, columns, dout_stride, dhidden_stride, drank_stride,
-                   dcolumn_stride, DRANK, DRANKS, FMA)  # fmt: skip
-    u = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, rank_stride, column_stride,
-                   RANK, RANKS, FMA)  # fmt: skip
+def _gelu_backward(dout, x, dx, width, dx_stride, SIZE: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    columns = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    d = tl.load(dout + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
+    u = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
     below, density = _normal(u)
-    slope = below + u * density * 0.3989422804014327
-    here = rows[:, None] * width + columns[None, :]
-    tl.store(dbase + here, (d * slope).to(dbase.dtype.element_ty), mask=kept[:, None])
+    d *= below + u * density * 0.3989422804014327
+    tl.store(dx + row * dx_stride + columns, d.to(dx.dtype.element_ty), mask=columns < width)
 
 
 @triton.jit
@@ -349,20 +303,20 @@ def copy_all(copies: Sequence[tuple[Tensor, Tensor, float]], plan: CopyPlan | No
     return plan
 
 
-def _late_arguments(x: Sum) -> tuple[Tensor, Tensor, int, int, int, int]:
-    """Pointers and strides (of hidden's rows, weight's rows and columns) of what is added late, or stand-ins."""
+def _late_arguments(x: Sum) -> tuple[Tensor, Tensor, int, int]:
+    """Pointers and row strides of what is added late, or stand-ins."""
     if x.hidden_NR is None:
-        return x.base_NK, x.base_NK, 0, 0, 0
-    return x.hidden_NR, x.weight_RK, x.hidden_NR.stride(0), *x.weight_RK.stride()
+        return x.base_NK, x.base_NK, 0, 0
+    return x.hidden_NR, x.weight_RK, x.hidden_NR.stride(0), x.weight_RK.stride(0)
 
 
-def _ranks(x: Sum) -> tuple[int, int]:
-    """The rank of what is added late, and how many of it are multiplied at a time."""
-    rank = 0 if x.hidden_NR is None else x.hidden_NR.shape[1]
-    return rank, max(_LEAST_RANKS, min(_MOST_RANKS, rank & -rank))
+def _rank(x: Sum) -> int:
+    return 0 if x.hidden_NR is None else x.hidden_NR.shape[1]
 
 
-def gated_norm(x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None) -> tuple[Tensor, Normed | None]:
+def gated_norm(
+    x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None, normed_ND: Tensor | None
+) -> tuple[Tensor, Normed | None]:
     """See `block_ops.gated_norm`."""
     samples, length, width = x_BLD.shape
     branch, gate = gated or (Sum(x_BLD.flatten(0, 1)), x_BLD)
@@ -370,48 +324,43 @@ def gated_norm(x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None
     x_out = x_BLD if gated is None else torch.empty_like(x_BLD)
     normed = Normed(x_BLD, x_BLD, x_BLD)
     if modulation is not None:
-        normed = Normed(torch.empty_like(x_BLD), *x_BLD.new_empty(2, samples * length, dtype=torch.float32))
-    rank, ranks = _ranks(branch)
+        normed = Normed(normed_ND, *x_BLD.new_empty(2, samples * length, dtype=torch.float32))
     _gated_norm[(triton.cdiv(length, NORM_LAUNCH["ROWS"]), samples)](
         x_BLD, branch.base_NK, *_late_arguments(branch), gate, shift, scale, x_out, *normed,
-        length, branch.base_NK.stride(0), gate.stride(0), scale.stride(0), _EPS,
-        WIDTH=width, RANK=rank, RANKS=ranks, HAS_BRANCH=gated is not None, HAS_NORM=modulation is not None,
-        **NORM_LAUNCH,
+        length, branch.base_NK.stride(0), normed.normed_ND.stride(0), gate.stride(0), scale.stride(0), _EPS,
+        WIDTH=width, RANK=_rank(branch), HAS_BRANCH=gated is not None, HAS_NORM=modulation is not None, **NORM_LAUNCH,
     )  # fmt: skip
     return x_out, None if modulation is None else normed
 
 
 def gated_norm_backward(
     dx_BLD: Tensor,
-    dnormed: Sum | None,
+    dnormed_ND: Tensor | None,
     x_BLD: Tensor,
     normed: Normed | None,
     modulation: Modulation | None,
     gated: Gated | None,
+    dbranch_ND: Tensor | None,
     sums: ModulationSums | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """See `block_ops.gated_norm_backward`."""
     samples, length, width = dx_BLD.shape
-    nothing = Sum(dx_BLD.flatten(0, 1))
-    branch, gate = gated or (nothing, dx_BLD)
-    d = dnormed or nothing
-    mean, rstd = (dx_BLD, dx_BLD) if normed is None else (normed.mean_N, normed.rstd_N)
+    branch, gate = gated or (Sum(dx_BLD.flatten(0, 1)), dx_BLD)
+    _, mean, rstd = normed or (dx_BLD, dx_BLD, dx_BLD)
     scale = dx_BLD if modulation is None else modulation.scale_BD
-    dx_out = dx_BLD if dnormed is None else torch.empty_like(dx_BLD)
-    dbranch = dx_BLD if gated is None else dx_BLD.new_empty(samples * length, width)
+    dx_out = dx_BLD if dnormed_ND is None else torch.empty_like(dx_BLD)
+    dbranch = dx_BLD if dbranch_ND is None else dbranch_ND
     partial, norm_slot, gate_slot = sums or (dx_BLD, 0, 0)
-    (drank, dranks), (rank, ranks) = _ranks(d), _ranks(branch)
-    launch = dict(NORM_BACKWARD_LAUNCH)
-    del launch["PROGRAMS"]
+    launch = {name: value for name, value in NORM_BACKWARD_LAUNCH.items() if name != "PROGRAMS"}
     _gated_norm_backward[(modulation_programs(samples, length), samples)](
-        dx_BLD, d.base_NK, *_late_arguments(d), x_BLD, mean, rstd, scale, branch.base_NK, *_late_arguments(branch),
-        gate, dx_out, dbranch, partial,
-        length, d.base_NK.stride(0), scale.stride(0), branch.base_NK.stride(0), gate.stride(0),
+        dx_BLD, dx_BLD if dnormed_ND is None else dnormed_ND, x_BLD, mean, rstd, scale,
+        branch.base_NK, *_late_arguments(branch), gate, dx_out, dbranch, partial,
+        length, scale.stride(0), branch.base_NK.stride(0), dbranch.stride(0), gate.stride(0),
         partial.shape[-2], norm_slot, gate_slot,
-        WIDTH=width, DRANK=drank, DRANKS=dranks, RANK=rank, RANKS=ranks, HAS_BRANCH=gated is not None,
-        HAS_NORM=dnormed is not None, MODULATION=sums is not None, **launch,
+        WIDTH=width, RANK=_rank(branch), HAS_BRANCH=gated is not None, HAS_NORM=dnormed_ND is not None,
+        MODULATION=sums is not None, **launch,
     )  # fmt: skip
-    return dx_out, None if gated is None else dbranch
+    return dx_out
 
 
 def modulation_programs(samples: int, length: int) -> int:
@@ -429,42 +378,35 @@ def sum_programs(partial_BPK: Tensor) -> Tensor:
     return out
 
 
-def head_norm(x: Sum, weight_D: Tensor | None, rotary: RotaryTables | None, length: int, head_size: int) -> Tensor:
+def head_norm(x_NE: Tensor, weight_D: Tensor, rotary: RotaryTables | None, length: int) -> Tensor:
     """See `block_ops.head_norm`."""
-    base = x.base_NK
-    count, width = base.shape
-    out = base.new_empty(count, width)
-    rank, ranks = _ranks(x)
+    (count, width), head_size = x_NE.shape, len(weight_D)
+    out = x_NE.new_empty(count, width)
     _head_norm[_head_grid(count, width // head_size, HEAD_LAUNCH)](
-        base, *_late_arguments(x), base if weight_D is None else weight_D, *(rotary or (base, base)), out,
-        count, length, base.stride(0), _EPS, WIDTH=width, HALF=head_size // 2, RANK=rank, RANKS=ranks,
-        HAS_NORM=weight_D is not None, HAS_ROTARY=rotary is not None, **HEAD_LAUNCH,
+        x_NE, weight_D, *(rotary or (x_NE, x_NE)), out, count, length, x_NE.stride(0), _EPS,
+        WIDTH=width, HALF=head_size // 2, HAS_ROTARY=rotary is not None, **HEAD_LAUNCH,
     )  # fmt: skip
     return out
 
 
 def head_norm_backward(
     dout_NE: Tensor,
-    x: Sum,
+    x_NE: Tensor,
     weight_D: Tensor,
     rotary: RotaryTables | None,
     length: int,
-    head_size: int,
     dx_NE: Tensor,
     wants_weight: bool,
 ) -> Tensor | None:
     """See `block_ops.head_norm_backward`."""
-    base = x.base_NK
-    count, width = base.shape
-    grid, partial = _head_grid(count, width // head_size, HEAD_BACKWARD_LAUNCH), base
+    (count, width), head_size = x_NE.shape, len(weight_D)
+    grid, partial = _head_grid(count, width // head_size, HEAD_BACKWARD_LAUNCH), x_NE
     if wants_weight:
-        partial = base.new_empty(grid[0] * grid[1], head_size, dtype=torch.float32)
-    rank, ranks = _ranks(x)
+        partial = x_NE.new_empty(grid[0] * grid[1], head_size, dtype=torch.float32)
     _head_norm_backward[grid](
-        dout_NE, base, *_late_arguments(x), weight_D, *(rotary or (base, base)), dx_NE, partial,
-        count, length, dout_NE.stride(0), base.stride(0), dx_NE.stride(0), _EPS,
-        HALF=head_size // 2, RANK=rank, RANKS=ranks, HAS_ROTARY=rotary is not None, WEIGHT=wants_weight,
-        **HEAD_BACKWARD_LAUNCH,
+        dout_NE, x_NE, weight_D, *(rotary or (x_NE, x_NE)), dx_NE, partial,
+        count, length, dout_NE.stride(0), x_NE.stride(0), dx_NE.stride(0), _EPS,
+        HALF=head_size // 2, HAS_ROTARY=rotary is not None, WEIGHT=wants_weight, **HEAD_BACKWARD_LAUNCH,
     )  # fmt: skip
     return sum_programs(partial[None])[0] if wants_weight else None
 
@@ -473,31 +415,15 @@ def _head_grid(count: int, heads: int, launch: dict[str, int]) -> tuple[int, int
     return triton.cdiv(count, launch["ROWS"]), heads // launch["HEADS"]
 
 
-def _tile_grid(count: int, width: int, launch: dict[str, int]) -> tuple[int, int]:
-    return width // launch["COLUMNS"], triton.cdiv(count, launch["ROWS"])
+def gelu(x_NE: Tensor, out_NE: Tensor) -> None:
+    """See `block_ops.gelu`."""
+    count, width = x_NE.shape
+    grid = (triton.cdiv(width, GELU_LAUNCH["SIZE"]), count)
+    _gelu[grid](x_NE, out_NE, width, out_NE.stride(0), **GELU_LAUNCH)
 
 
-def activate(x: Sum, has_gelu: bool) -> Tensor:
-    """See `block_ops.gelu` and `block_ops.added`."""
-    count, width = x.base_NK.shape
-    out = x.base_NK.new_empty(count, width)
-    rank, ranks = _ranks(x)
-    _activate[_tile_grid(count, width, ACTIVATION_LAUNCH)](
-        x.base_NK, *_late_arguments(x), out, count, width, x.base_NK.stride(0),
-        RANK=rank, RANKS=ranks, HAS_GELU=has_gelu, **ACTIVATION_LAUNCH,
-    )  # fmt: skip
-    return out
-
-
-def gelu_backward(dout: Sum, x: Sum) -> Tensor:
+def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     """See `block_ops.gelu_backward`."""
-    count, width = x.base_NK.shape
-    out = x.base_NK.new_empty(count, width)
-    (drank, dranks), (rank, ranks) = _ranks(dout), _ranks(x)
-    _gelu_backward[_tile_grid(count, width, ACTIVATION_BACKWARD_LAUNCH)](
-        dout.base_NK, *_late_arguments(dout), x.base_NK, *_late_arguments(x), out,
-        count, width, dout.base_NK.stride(0), x.base_NK.stride(0),
-        DRANK=drank, DRANKS=dranks, RANK=rank, RANKS=ranks,
-        **ACTIVATION_BACKWARD_LAUNCH,
-    )  # fmt: skip
-    return out
+    count, width = x_NE.shape
+    grid = (triton.cdiv(width, GELU_LAUNCH["SIZE"]), count)
+    _gelu_backward[grid](dout_NE, x_NE, dx_NE, width, dx_NE.stride(0), **GELU_LAUNCH)

@@ -39,9 +39,9 @@ class Sum(NamedTuple):
 
 
 class Normed(NamedTuple):
-    """A LayerNorm's result: normed [B, L, D], and each row's mean and 1 / standard deviation, [N]."""
+    """A LayerNorm's result: normed [N, D], and each row's mean and 1 / standard deviation, [N]."""
 
-    normed_BLD: Tensor
+    normed_ND: Tensor
     mean_N: Tensor
     rstd_N: Tensor
 
@@ -71,10 +71,12 @@ class Modulation(NamedTuple):
     scale_BD: Tensor
 
 
-def gated_norm(x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None) -> tuple[Tensor, Normed | None]:
-    """x + gate * branch, and its modulated LayerNorm; either may be left out."""
+def gated_norm(
+    x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None, normed_ND: Tensor | None = None
+) -> tuple[Tensor, Normed | None]:
+    """x + gate * branch, and its modulated LayerNorm, which is written to normed_ND; either may be left out."""
     if x_BLD.is_cuda:
-        return _kernels().gated_norm(x_BLD, gated, modulation)
+        return _kernels().gated_norm(x_BLD, gated, modulation, normed_ND)
     if gated is not None:
         branch_BLD = gated.branch.total().view_as(x_BLD)
         x_BLD = (_wide(x_BLD) + _wide(gated.gate_BD)[:, None] * branch_BLD).to(x_BLD.dtype)
@@ -84,43 +86,43 @@ def gated_norm(x_BLD: Tensor, gated: Gated | None, modulation: Modulation | None
     mean = wide.mean(-1, keepdim=True)
     rstd = (wide.var(-1, unbiased=False, keepdim=True) + _EPS).rsqrt()
     scale, shift = _wide(modulation.scale_BD)[:, None], _wide(modulation.shift_BD)[:, None]
-    normed_BLD = ((wide - mean) * rstd * (1 + scale) + shift).to(x_BLD.dtype)
-    return x_BLD, Normed(normed_BLD, mean.flatten(), rstd.flatten())
+    normed_ND.copy_(((wide - mean) * rstd * (1 + scale) + shift).flatten(0, 1))
+    return x_BLD, Normed(normed_ND, mean.flatten(), rstd.flatten())
 
 
 def gated_norm_backward(
     dx_BLD: Tensor,
-    dnormed: Sum | None,
+    dnormed_ND: Tensor | None,
     x_BLD: Tensor,
     normed: Normed | None,
     modulation: Modulation | None,
     gated: Gated | None,
+    dbranch_ND: Tensor | None,
     sums: ModulationSums | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Gradients of what went into `gated_norm`, which returned x and normed.
 
-    dx, dnormed: of its results. Returns those of the x that went in [B, L, D] and of the branch [N, D]; those of
-    shift, scale and gate go to `sums`, where they are wanted.
+    dx, dnormed: of its results. Returns that of the x that went in [B, L, D]; that of the branch is written to
+    dbranch, and those of shift, scale and gate go to `sums`, where they are wanted.
     """
     if dx_BLD.is_cuda:
-        return _kernels().gated_norm_backward(dx_BLD, dnormed, x_BLD, normed, modulation, gated, sums)
+        return _kernels().gated_norm_backward(dx_BLD, dnormed_ND, x_BLD, normed, modulation, gated, dbranch_ND, sums)
     wide = _wide(dx_BLD)
-    if dnormed is not None:
+    if dnormed_ND is not None:
         rstd = normed.rstd_N.view(*wide.shape[:2], 1)
         unit = (_wide(x_BLD) - normed.mean_N.view(*wide.shape[:2], 1)) * rstd
-        d = dnormed.total().view_as(wide)
+        d = _wide(dnormed_ND).view_as(wide)
         if sums is not None:
             sums.partial_BPSD[:, 0, sums.norm_slot] = d.sum(1)
             sums.partial_BPSD[:, 0, sums.norm_slot + 1] = (d * unit).sum(1)
         d = d * (1 + _wide(modulation.scale_BD)[:, None])
         across, along = d.mean(-1, keepdim=True), (d * unit).mean(-1, keepdim=True)
         wide = wide + rstd * (d - across - unit * along)
-    dbranch = None
     if gated is not None:
         if sums is not None:
             sums.partial_BPSD[:, 0, sums.gate_slot] = (wide * gated.branch.total().view_as(wide)).sum(1)
-        dbranch = (wide * _wide(gated.gate_BD)[:, None]).flatten(0, 1).to(dx_BLD.dtype)
-    return wide.to(dx_BLD.dtype), dbranch
+        dbranch_ND.copy_((wide * _wide(gated.gate_BD)[:, None]).flatten(0, 1))
+    return wide.to(dx_BLD.dtype)
 
 
 def empty_sums(x_BLD: Tensor, slots: int) -> Tensor:
@@ -137,38 +139,36 @@ def summed(partial_BPSD: Tensor) -> Tensor:
     return _kernels().sum_programs(partial_BPK) if partial_BPK.is_cuda else partial_BPK.sum(1)
 
 
-def head_norm(x: Sum, weight_D: Tensor | None, rotary: RotaryTables | None, length: int, head_size: int) -> Tensor:
-    """RMSNorm of each head and its rotation, either of which may be left out: [N, heads * D].
+def head_norm(x_NE: Tensor, weight_D: Tensor, rotary: RotaryTables | None, length: int) -> Tensor:
+    """RMSNorm of each head, and its rotation, if any: [N, heads * D].
 
-    weight: float32. rotary: of `length` positions, which the rows pass through again and again.
+    weight: float32 at least. rotary: of `length` positions, which the rows pass through again and again.
     """
-    if x.base_NK.is_cuda:
-        return _kernels().head_norm(x, weight_D, rotary, length, head_size)
-    heads = x.total().unflatten(-1, (-1, head_size))
-    if weight_D is not None:
-        heads = F.rms_norm(heads, (head_size,), weight_D.to(heads.dtype), _EPS)
+    if x_NE.is_cuda:
+        return _kernels().head_norm(x_NE, weight_D, rotary, length)
+    heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
+    heads = F.rms_norm(heads, weight_D.shape, weight_D.to(heads.dtype), _EPS)
     if rotary is not None:
         heads = _turn(heads, rotary, length, forwards=True)
-    return heads.flatten(1).to(x.base_NK.dtype)
+    return heads.flatten(1).to(x_NE.dtype)
 
 
 def head_norm_backward(
     dout_NE: Tensor,
-    x: Sum,
+    x_NE: Tensor,
     weight_D: Tensor,
     rotary: RotaryTables | None,
     length: int,
-    head_size: int,
     dx_NE: Tensor,
     wants_weight: bool,
 ) -> Tensor | None:
     """Writes the gradient of `head_norm`'s x to dx; returns that of its weight [D], if wanted."""
     if dout_NE.is_cuda:
-        return _kernels().head_norm_backward(dout_NE, x, weight_D, rotary, length, head_size, dx_NE, wants_weight)
-    heads = x.total().unflatten(-1, (-1, head_size))
+        return _kernels().head_norm_backward(dout_NE, x_NE, weight_D, rotary, length, dx_NE, wants_weight)
+    heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
     rstd = (heads.square().mean(-1, keepdim=True) + _EPS).rsqrt()
     unit = heads * rstd
-    d = _wide(dout_NE).unflatten(-1, (-1, head_size))
+    d = _wide(dout_NE).unflatten(-1, (-1, len(weight_D)))
     if rotary is not None:
         d = _turn(d, rotary, length, forwards=False)
     dweight = (d * unit).sum((0, 1)) if wants_weight else None
@@ -177,27 +177,22 @@ def head_norm_backward(
     return dweight
 
 
-def gelu(x: Sum) -> Tensor:
-    """Exact GELU: [N, K]."""
-    if x.base_NK.is_cuda:
-        return _kernels().activate(x, has_gelu=True)
-    return F.gelu(x.total()).to(x.base_NK.dtype)
+def gelu(x_NE: Tensor, out_NE: Tensor) -> None:
+    """Writes the exact GELU of x, whose rows follow each other, to out."""
+    if x_NE.is_cuda:
+        _kernels().gelu(x_NE, out_NE)
+    else:
+        out_NE.copy_(F.gelu(_wide(x_NE)))
 
 
-def gelu_backward(dout: Sum, x: Sum) -> Tensor:
-    """The gradient of `gelu`'s x: [N, K]."""
-    if x.base_NK.is_cuda:
-        return _kernels().gelu_backward(dout, x)
-    u = x.total()
+def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
+    """Writes the gradient of `gelu`'s x to dx."""
+    if x_NE.is_cuda:
+        _kernels().gelu_backward(dout_NE, x_NE, dx_NE)
+        return
+    u = _wide(x_NE)
     slope = 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
-    return (dout.total() * slope).to(x.base_NK.dtype)
-
-
-def added(x: Sum) -> Tensor:
-    """The sum in memory, for what cannot add late: [N, K]."""
-    if x.base_NK.is_cuda:
-        return _kernels().activate(x, has_gelu=False)
-    return x.total().to(x.base_NK.dtype)
+    dx_NE.copy_(_wide(dout_NE) * slope)
 
 
 class ManyCopies:
