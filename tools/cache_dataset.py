@@ -93,9 +93,9 @@ def _cache_captions(trainer: AnimaNetworkTrainer, plan: RunPlan, epochs: int) ->
             trainer.encode_ahead(some)
             bar.update(len(some))
     trainer.captions.finish_writing()
+    count, seconds = sum(trainer.team.gather([len(captions)])), time.perf_counter() - started
     if accelerator.is_main_process:
-        seconds = time.perf_counter() - started
-        show(f"captions: {len(captions)} ready in {seconds:.1f} s, {len(captions) / seconds:.1f} a second")
+        show(f"captions: {count} ready in {seconds:.1f} s, {count / seconds:.1f} a second")
 
 
 if __name__ == "__main__":
