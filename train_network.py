@@ -254,7 +254,7 @@ class NetworkTrainer(ABC):
                         tracker.log({**meter.read(step), **self.rates(), **found.values}, step)
                         tracker.look(records, found.alerts, step)
                         self.guard.check(records, self.state)
-                        self.monitor.report(found)
+                        self.monitor.report(found, gather_lists)
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if finished or validates(settings.validation, step, epoch, epoch_ended):

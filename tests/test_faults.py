@@ -228,6 +228,28 @@ def test_a_state_that_is_to_be_replaced_survives_a_kill_between_the_two_renames(
     assert states_of(tmp_path / "output") == list(range(1, STEPS))
 
 
+def killed_within_a_step() -> None:
+    """Kills the process between the second and the third batch of the fourth step."""
+    add_gradients, batches = NetworkTrainer.add_gradients, [0]
+
+    def deadly(self, batch, share):
+        batches[0] += self.state.step == 3
+        if batches[0] == 3:
+            self.saver.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return add_gradients(self, batch, share)
+
+    NetworkTrainer.add_gradients = deadly
+
+
+def test_a_step_that_was_killed_among_its_batches_is_done_again_whole(words, tmp_path, undisturbed):
+    settings = {"train_batch_size": 1, "gradient_accumulation_steps": 3, "max_train_steps": 5, **FEW_SAMPLES}
+    run = started(words(**settings), tmp_path, killed_within_a_step)
+    run.wait_for("tiny-step00000003-state")
+    assert run.end() == -signal.SIGKILL, run.output
+    ended_exactly(words(**settings), tmp_path, undisturbed(**settings)[0])
+
+
 def test_sigterm_saves_and_the_run_can_go_on(words, tmp_path, undisturbed):
     words = words(save_state=False, save_every_n_steps=100)
     run = started(words, tmp_path)

@@ -43,6 +43,15 @@ EXACT = {
         },
         {"max_data_loader_n_workers": 0, "cache_text_encoder_outputs": False},
     ),
+    "fused, averaged, measured, mirrored, cropped and coloured anew, tags held back, norms limited": (
+        {
+            "optimizer_args": ["fused=True", "weight_decay=0.1"], "ema_decay": 0.9, "validation_split": 0.25,
+            "validate_every_n_steps": 2, "flip_aug": True, "color_aug": True, "random_crop": True,
+            "cache_latents": False, "token_warmup_min": 1, "token_warmup_step": 5, "scale_weight_norms": 1.0,
+            "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 2, "max_data_loader_n_workers": 0,
+        },
+        {"max_data_loader_n_workers": 2, "persistent_data_loader_workers": True, "validate_every_n_steps": 3},
+    ),
 }  # fmt: skip
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
-from tests.training_runs import TrainingRun, run_group
+from library.training.monitor import Monitor
+from tests.training_runs import TrainingRun, run_group, tensor_bytes
 from train_network import NetworkTrainer
 
 SCRIPT = """
@@ -195,6 +200,55 @@ def test_one_processs_failure_ends_all_with_its_message_and_a_save(config, tmp_p
     state = tmp_path / "output" / "tiny-step00000002-state" / "run_state.json"
     assert state.is_file() == saves
     assert not saves or json.loads(state.read_text())["step"] == 2
+
+
+def slow_steps() -> None:
+    """Steps take so long that a signal comes before the last."""
+    step = NetworkTrainer.step
+
+    def slow(self, *arguments):
+        time.sleep(0.5)
+        return step(self, *arguments)
+
+    NetworkTrainer.step = slow
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_either_process_stops_both_with_a_state_to_go_on_from(config, tmp_path, rank):
+    settings = {"max_train_steps": 8, "save_every_n_steps": 1, "save_state": True, "log_with": "none"}
+    words = config(**settings)
+    runs = run_group(words, tmp_path, 2, slow_steps)
+    runs[0].wait_for("tiny-step00000001-state")
+    runs[rank].send(signal.SIGTERM)
+    assert [run.end() for run in runs] == [130, 130], runs[0].output + runs[1].output
+    assert "go on with --resume" in runs[0].output
+    runs = run_group([*words, "--resume", "latest"], tmp_path, 2)
+    assert [run.end() for run in runs] == [0, 0], runs[0].output + runs[1].output
+    stopped = tensor_bytes(tmp_path / "output" / "tiny.safetensors")
+    runs = run_group(words, tmp_path, 2)
+    assert [run.end() for run in runs] == [0, 0], runs[0].output + runs[1].output
+    assert stopped == tensor_bytes(tmp_path / "output" / "tiny.safetensors")
+
+
+def alert_on_the_second() -> None:
+    """The second process finds its memory nearly full after the third step."""
+    look = Monitor.look
+
+    def finding(self, records):
+        found = look(self, records)
+        alerts = ("memory is nearly full",) if PartialState().process_index == 1 and records[-1].step == 3 else ()
+        return replace(found, alerts=alerts)
+
+    Monitor.look = finding
+
+
+def test_an_alert_of_one_process_ends_all_with_a_state_where_it_shall(config, tmp_path):
+    words = config(max_train_steps=5, log_every_n_steps=1, log_with="none", anima_monitor_alert_policy="raise")
+    runs = run_group(words, tmp_path, 2, alert_on_the_second)
+    assert [run.end() for run in runs] == [1, 1]
+    assert sum(run.output.count("error: memory is nearly full") for run in runs) == 1
+    state = tmp_path / "output" / "tiny-step00000003-state" / "run_state.json"
+    assert json.loads(state.read_text())["step"] == 3
 
 
 def test_what_all_processes_find_wrong_is_told_once(config, tmp_path):

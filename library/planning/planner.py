@@ -120,4 +120,5 @@ class Planner:
         """What the run will save."""
         count = sum(parameter.numel() for parameter in network.parameters())
         formats = len(self.settings.network.adapter_format) * (1 if self.settings.ema.ema_decay is None else 2)
-        return planned_files(self.settings.saving, formats, count, total_steps, epoch_steps)
+        saves_best = self.settings.validation.save_best
+        return planned_files(self.settings.saving, formats, count, total_steps, epoch_steps, saves_best)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,11 +87,16 @@ class Monitor:
             norms["norm/gradient"] = records[-1].gradient_norm
         return Findings({**memory, **norms, **{name: float(flag) for name, flag in flags.items()}}, tuple(alerts))
 
-    def report(self, findings: Findings) -> None:
-        """Tells the alerts. Raises AlertError under the policy "raise"."""
-        if findings.alerts and self._settings.anima_monitor_alert_policy == "raise":
-            raise AlertError("\n".join(findings.alerts) + "\n(anima_monitor_alert_policy = raise)")
-        for alert in findings.alerts:
+    def report(self, findings: Findings, gather: Callable[[list[str]], list[str]] = list) -> None:
+        """Tells the alerts. Raises AlertError under the policy "raise".
+
+        gather: gives each process the lists of all, so that all of them end together and the main one can save: memory
+        may be short on one GPU alone.
+        """
+        alerts = list(dict.fromkeys(gather(list(findings.alerts))))
+        if alerts and self._settings.anima_monitor_alert_policy == "raise":
+            raise AlertError("\n".join(alerts) + "\n(anima_monitor_alert_policy = raise)")
+        for alert in alerts:
             logger.warning("%s", alert)
 
     def _memory(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from library.errors import SettingError, first_ten
 from library.files import clear_leftovers, remove_folder
 from library.training.samples import SAMPLE_FOLDER, sample_name
-from library.training.saving import SavingSettings, saved_name
+from library.training.saving import SavingSettings, kept_saves, saved_name
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +60,7 @@ def remove_outdated(settings: SavingSettings, saved: str) -> None:
 
 def _outdated(settings: SavingSettings, unit: str, latest: int) -> Iterator[Path]:
     pattern = saved_name(settings.output_name)
-    kept = getattr(settings, f"save_last_n_{unit}s")
-    kept_states = getattr(settings, f"save_last_n_{unit}s_state")
-    for ending, count in ((".safetensors", kept), ("-state", kept if kept_states is None else kept_states)):
+    for ending, count in zip((".safetensors", "-state"), kept_saves(settings, unit), strict=True):
         if count is None:
             continue
         numbered = [

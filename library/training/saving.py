@@ -65,7 +65,7 @@ class SavingSettings:
 
 @dataclass(frozen=True)
 class PlannedFiles:
-    """What a whole run leaves in output_dir: numbers of adapters and states, and the bytes of one."""
+    """What of a whole run lies in output_dir at once, at most: numbers of adapters and states, and the bytes of one."""
 
     adapters: int
     adapter_bytes: int
@@ -82,22 +82,48 @@ NO_FILES = PlannedFiles(0, 0, 0, 0)
 
 
 def planned_files(
-    settings: SavingSettings, formats: int, parameters: int, total_steps: int, steps_per_epoch: int
+    settings: SavingSettings,
+    formats: int,
+    parameters: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    saves_best: bool = False,
 ) -> PlannedFiles:
-    """The files of a run; formats: files of each saved adapter; parameters: numbers that are trained."""
-    between = 0
-    if settings.save_every_n_steps is not None:
-        between += (total_steps - 1) // settings.save_every_n_steps
+    """The files of a run; formats: files of each saved adapter; parameters: numbers that are trained.
+
+    saves_best: whether the adapter with the least validation loss is kept beside the others.
+    """
+    adapters, states = 1 + saves_best, (1 + saves_best) * settings.save_state
+    if not settings.save_state and settings.save_state_on_train_end:
+        states = 1
     epochs = save_epochs(settings, total_steps, steps_per_epoch)
-    if epochs is not None:
-        between += (total_steps - 1) // steps_per_epoch // epochs
-    at_end = settings.save_state or settings.save_state_on_train_end
+    for unit, every in (("step", settings.save_every_n_steps), ("epoch", epochs)):
+        if every is None:
+            continue
+        saves = (total_steps - 1) // (every if unit == "step" else every * steps_per_epoch)
+        kept, kept_states = kept_saves(settings, unit)
+        adapters += _at_once(saves, kept, every, unit)
+        states += settings.save_state * _at_once(saves, kept_states, every, unit)
     return PlannedFiles(
-        adapters=(between + 1) * formats,
+        adapters=adapters * formats,
         adapter_bytes=parameters * SAVE_DTYPES[settings.save_precision].itemsize,
-        states=between * settings.save_state + at_end,
+        states=states,
         state_bytes=parameters * _STATE_BYTES,
     )
+
+
+def kept_saves(settings: SavingSettings, unit: str) -> tuple[int | None, int | None]:
+    """save_last_n_… of adapters and of states, for "epoch" or "step": a number of saves or of steps; None for all."""
+    kept = getattr(settings, f"save_last_n_{unit}s")
+    kept_states = getattr(settings, f"save_last_n_{unit}s_state")
+    return kept, kept if kept_states is None else kept_states
+
+
+def _at_once(saves: int, kept: int | None, every: int, unit: str) -> int:
+    """How many of the saves lie there at most: those that are kept, and a new one before the oldest goes."""
+    if kept is None:
+        return saves
+    return min(saves, (kept if unit == "epoch" else kept // every + 1) + 1)
 
 
 def save_epochs(settings: SavingSettings, total_steps: int, steps_per_epoch: int) -> int | None:
