@@ -181,11 +181,10 @@ class FusedBlock:
         gradients = self.wide.empty_gradients(count)
         gelu_backward(dactivated, saved.wide[0], gradients[0])
         dnormed, found[5] = self.wide.backward(gradients, saved.third.normed_ND, None, True)
-        gradients = self.cross_output.empty_gradients(count)
+        gradients, gated = self.cross_output.empty_gradients(count), Gated(saved.cross_output[0], gate_2)
         dx_BLD = gated_norm_backward(
-            dx_BLD, dnormed, saved.x_third, saved.third, shift_scale_3, Gated(saved.cross_output[0], gate_2), gradients[0],
-            sums(2, 1),
-        )  # fmt: skip
+            dx_BLD, dnormed, saved.x_third, saved.third, shift_scale_3, gated, gradients[0], sums(2, 1)
+        )
         del dactivated, dnormed
 
         attended = saved.cross_attended
@@ -195,15 +194,14 @@ class FusedBlock:
         gradients = self.q.empty_gradients(count)
         found[9] = self._normed_backward(dq, saved.q[0], self.norms[2], None, gradients[0], dx_BLD)
         dnormed, found[2] = self.q.backward(gradients, saved.second.normed_ND, None, True)
-        gradients = self.kv.empty_gradients(len(dk))
+        gradients = self.kv.empty_gradients(len(saved.context_rows))
         found[10] = self._normed_backward(dk, saved.kv[0], self.norms[3], None, gradients[0], dx_BLD)
-        gradients[1].copy_(dv)
+        self._heads(gradients[1], dx_BLD).copy_(dv)
         dcontext, found[3] = self.kv.backward(gradients, saved.context_rows, None, wants_context)
-        gradients = self.self_output.empty_gradients(count)
+        gradients, gated = self.self_output.empty_gradients(count), Gated(saved.self_output[0], gate_1)
         dx_BLD = gated_norm_backward(
-            dx_BLD, dnormed, saved.x_second, saved.second, shift_scale_2, Gated(saved.self_output[0], gate_1), gradients[0],
-            sums(1, 0),
-        )  # fmt: skip
+            dx_BLD, dnormed, saved.x_second, saved.second, shift_scale_2, gated, gradients[0], sums(1, 0)
+        )
         del attended, dattended, dq, dk, dv, dnormed
 
         attended = saved.self_attended
@@ -213,7 +211,7 @@ class FusedBlock:
         gradients = self.qkv.empty_gradients(count)
         found[7] = self._normed_backward(dq, saved.qkv[0], self.norms[0], rotary, gradients[0], dx_BLD)
         found[8] = self._normed_backward(dk, saved.qkv[1], self.norms[1], rotary, gradients[1], dx_BLD)
-        gradients[2].copy_(dv)
+        self._heads(gradients[2], dx_BLD).copy_(dv)
         wants_normed = wants_x or wants_modulations
         dnormed, found[0] = self.qkv.backward(gradients, saved.first.normed_ND, None, wants_normed)
         if wants_normed:
@@ -239,7 +237,9 @@ class FusedBlock:
     ) -> list[Tensor]:
         """Writes the gradient of x to dx; returns that of the norm's parameter, if it has one."""
         length = len(x_NE) // len(x_BLD)
-        dweight = head_norm_backward(dout, x_NE, norm.weight(), rotary, length, dx_NE, norm.adapter is not None)
+        dweight = head_norm_backward(
+            _rows(dout).flatten(1), x_NE, norm.weight(), rotary, length, dx_NE, norm.adapter is not None
+        )
         return [] if norm.adapter is None else [dweight]
 
 
@@ -371,7 +371,6 @@ def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Att
         return Attended(inputs, function(q_parts, k_parts, v_parts).view(samples, length, -1))
 
 
-def _attend_backward(attended: Attended, dout_NE: Tensor) -> list[Tensor]:
-    """Gradients of q, k and v, [N, heads * D] each."""
-    gradients = torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))
-    return [gradient.flatten(2).flatten(0, 1) for gradient in gradients]
+def _attend_backward(attended: Attended, dout_NE: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, (B, L, heads, D) each."""
+    return torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))

@@ -109,7 +109,8 @@ class JointLinear:
             for number, adapter in enumerate(self._adapters):
                 if adapter is not None:
                     ranks = slice(number * self._rank, number * self._rank + adapter.rank)
-                    own = dup[:, ranks].narrow(0, self._starts[number], self._widths[number])
+                    # Adding many gradients at once needs all of them in order of memory.
+                    own = dup[:, ranks].narrow(0, self._starts[number], self._widths[number]).contiguous()
                     found += [ddown[ranks], own if adapter.scale == 1 else own * adapter.scale]
         return room @ self._storage[:, : self._in] if wants_input else None, found
 

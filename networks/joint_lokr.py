@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
-from networks.lokr import LoKr, add_kronecker, kronecker_gradients
+from networks.lokr import LoKr, add_kronecker_, kronecker_gradients
 
 
 class JointLoKr:
@@ -33,7 +33,7 @@ class JointLoKr:
         self._factors = [None if adapter is None else adapter.scaled_factors(dtype) for adapter in self._adapters]
         for linear, factors in zip(self._linears, self._factors, strict=True):
             y_NO = x_NI @ linear.weight.t()
-            outputs.append(y_NO if factors is None else add_kronecker(y_NO, x_NI, *factors))
+            outputs.append(y_NO if factors is None else add_kronecker_(y_NO, x_NI, *factors))
         return outputs
 
     def forward_late(self, x_NI: Tensor) -> tuple[Sum, None]:
@@ -50,10 +50,9 @@ class JointLoKr:
             self._linears, self._adapters, self._factors, gradients, strict=True
         ):
             if wants_input:
-                dx_NI = dy_NO @ linear.weight if dx_NI is None else torch.addmm(dx_NI, dy_NO, linear.weight)
+                dx_NI = dy_NO @ linear.weight if dx_NI is None else dx_NI.addmm_(dy_NO, linear.weight)
             if adapter is not None:
-                dx_total, *dfactors = kronecker_gradients(dy_NO, x_NI, *factors, wants_input, dx_NI)
-                dx_NI = dx_total if wants_input else None
+                _, *dfactors = kronecker_gradients(dy_NO, x_NI, *factors, wants_input, dx_NI)
                 with torch.enable_grad():
                     made = adapter.scaled_factors(factors[0].dtype)
                 found += torch.autograd.grad(made, list(adapter.parameters()), dfactors)

@@ -176,7 +176,7 @@ class KroneckerLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base_output: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         ctx.save_for_backward(x, w1, w2)
-        return add_kronecker(base_output, x, w1, w2)
+        return add_kronecker_(base_output.clone(memory_format=torch.contiguous_format), x, w1, w2)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
@@ -184,8 +184,8 @@ class KroneckerLinear(torch.autograd.Function):
         return grad_x, grad_output, grad_w1, grad_w2
 
 
-def add_kronecker(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """base_output + x (w1 ⊗ w2)ᵀ; see `KroneckerLinear`. All of one dtype.
+def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """Adds x (w1 ⊗ w2)ᵀ to base_output, in place; see `KroneckerLinear`. All of one dtype, and in order of memory.
 
     The factor that leaves the smaller product goes first. Products with w1 take several rows side by side, see
     `_grouped`. bmm is called by name: matmul of a matrix with a batch copies the batch when that requires a gradient.
@@ -194,17 +194,16 @@ def add_kronecker(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Ten
     g1_NOI = g1.expand(len(x_NII), -1, -1)
     if _w1_goes_first(w1, w2):
         inner_NOI = torch.bmm(g1_NOI, x_NII)
-        output = torch.addmm(base_output.reshape(-1, w2.shape[0]), inner_NOI.flatten(0, 1), w2.t())
+        base_output.view(-1, w2.shape[0]).addmm_(inner_NOI.flatten(0, 1), w2.t())
     else:
-        base_NOO = base_output.reshape(-1, g1.shape[0], w2.shape[0])
-        output = torch.baddbmm(base_NOO, g1_NOI, F.linear(x_NII, w2))
-    return output.view_as(base_output)
+        base_output.view(-1, g1.shape[0], w2.shape[0]).baddbmm_(g1_NOI, F.linear(x_NII, w2))
+    return base_output
 
 
 def kronecker_gradients(
     grad_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, wants_x: bool, base_grad_x: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of `add_kronecker`'s x, w1 and w2; x's is added to base_grad_x, where that is given."""
+    """Gradients of `add_kronecker_`'s x, w1 and w2; x's is added to base_grad_x, in place, where that is given."""
     g1, x_NII = _side_by_side(x, w1, w2)
     grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
     g1_NOI = g1.expand(len(x_NII), -1, -1)
@@ -220,7 +219,8 @@ def kronecker_gradients(
         if wants_x and base_grad_x is None:
             grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
         elif wants_x:
-            grad_x = torch.baddbmm(base_grad_x.view_as(x_NII), g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
+            base_grad_x.view_as(x_NII).baddbmm_(g1_NOI.transpose(1, 2), grad_inner_NOI)
+            grad_x = base_grad_x
     else:
         grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
         grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
@@ -228,8 +228,8 @@ def kronecker_gradients(
         if wants_x and base_grad_x is None:
             grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
         elif wants_x:
-            base = base_grad_x.view(-1, w2.shape[1])
-            grad_x = torch.addmm(base, grad_inner_NIO.flatten(0, 1), w2).view_as(x)
+            base_grad_x.view(-1, w2.shape[1]).addmm_(grad_inner_NIO.flatten(0, 1), w2)
+            grad_x = base_grad_x
     return grad_x, _ungrouped(grad_g1.sum(0), w1), grad_w2
 
 

@@ -22,11 +22,11 @@ _EPS = 1e-6
 # Rows a program takes at a time, columns or heads, its warps, and whether ranks are multiplied without matrix units;
 # measured on an H200 (docs/performance.md). PROGRAMS: of a launch, each of which takes rows again and again.
 NORM_LAUNCH = {"ROWS": 2, "num_warps": 4}
-NORM_BACKWARD_LAUNCH = {"ROWS": 2, "num_warps": 8, "PROGRAMS": 264}
+NORM_BACKWARD_LAUNCH = {"ROWS": 4, "num_warps": 8, "PROGRAMS": 264}
 HEAD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
 HEAD_BACKWARD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
 GELU_LAUNCH = {"SIZE": 2048, "num_warps": 4}
-SUM_LAUNCH = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+SUM_LAUNCH = {"ROWS": 256, "COLUMNS": 16, "num_warps": 4}
 _COPY_SIZE = 2048
 
 
