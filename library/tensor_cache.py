@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -72,6 +73,9 @@ class TensorCache:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
         self._count(key, len(data))
+        if self._limit is not None:
+            with suppress(OSError):  # of another user, or on a disk that cannot be written to
+                os.utime(self._path(key))
         return tensors
 
     def holds(self, key: str) -> bool:
@@ -120,7 +124,7 @@ class TensorCache:
                         yield entry
 
     def _sizes_by_age(self) -> OrderedDict[str, int]:
-        """{key: bytes}, those written longest ago first."""
+        """{key: bytes}, those written or read longest ago first."""
         found = sorted((entry.stat().st_mtime_ns, entry.name, entry.stat().st_size) for entry in self._files())
         return OrderedDict((name.removesuffix(_ENDING), size) for _, name, size in found)
 

@@ -100,6 +100,19 @@ def test_the_limit_drops_what_was_unused_for_longest(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 3 * size
 
 
+def test_what_an_earlier_run_read_is_kept_longer(tmp_path):
+    keys = [cache_key(str(number)) for number in range(3)]
+    entry = {"x": torch.zeros(1000)}
+    cache = TensorCache(tmp_path, limit=2**20)
+    for age, key in enumerate(keys):
+        cache.write(key, entry)
+        os.utime(file_of(cache, key), (1000 + age, 1000 + age))
+    assert cache.read(keys[0]) is not None
+    size = file_of(cache, keys[0]).stat().st_size
+    TensorCache(tmp_path, limit=3 * size).write(cache_key("new"), entry)
+    assert TensorCache(tmp_path).keys() == {keys[0], keys[2], cache_key("new")}
+
+
 def test_the_identity_of_a_module_follows_its_tensors():
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
