@@ -22,7 +22,7 @@ CHOICES = {
     "caption_prefix": "{photo|film}:",
     "caption_dropout_every_n_epochs": 2,
     "num_repeats": 2,
-    "train_batch_size": 2,
+    "train_batch_size": 3,
     "log_with": "none",
 }
 
@@ -53,11 +53,13 @@ def told(monkeypatch, losses) -> list[list[tuple[int, str, int, str]]]:
     return seen
 
 
-def test_captions_with_a_cache_and_after_a_resume(config, pictures, losses, told, tmp_path):
-    common = {**CHOICES, "train_data_dir": pictures, "max_train_epochs": 2}
+@pytest.mark.parametrize("filled", [False, True])
+def test_captions_with_a_cache_and_after_a_resume(config, pictures, losses, told, tmp_path, filled):
+    common = {**CHOICES, "train_data_dir": pictures, "max_train_epochs": 2, "fill_last_batches": filled}
     main(config(**common, save_every_n_steps=2, save_state=True))
     whole, whole_losses = list(told), list(losses)
     samples = [sample for step in whole for sample in step]
+    assert (len({len(step) for step in whole}) == 1) == filled
     assert {caption for epoch, _, _, caption in samples if epoch == 1} == {""}
     captions = [caption for epoch, _, _, caption in samples if epoch != 1]
     assert len(set(captions)) > 5

@@ -92,8 +92,9 @@ def three_pictures(tiny_anima, tmp_path):
         ({}, 1),
         ({"network_dropout": 0.3, "cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}, 1),
         ({"network_module": "networks.lokr_anima", "network_args": ["module_dropout=0.5"]}, 2),
+        ({"fill_last_batches": True}, 2),
     ],
-    ids=["plain", "dropout, caches on disk", "LoKr with skipped modules, accumulated"],
+    ids=["plain", "dropout, caches on disk", "LoKr with skipped modules, accumulated", "filled batches, accumulated"],
 )
 def test_two_processes_train_as_one_does(config, three_pictures, tmp_path, settings, accumulation):
     """The last window of each epoch has one batch, and so work for one process only."""
