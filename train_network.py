@@ -51,7 +51,7 @@ from library.training.preflight import (
     tell_trials,
     try_batches,
 )
-from library.training.processes import gather_lists, on_any_process, sum_gradients
+from library.training.processes import StopVote, gather_lists, sum_gradients
 from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
@@ -236,7 +236,7 @@ class NetworkTrainer(ABC):
         self.meter = meter = Meter(self.state.step, self.device)
         meter.restore(self.state.averages)
         self.network.train()
-        stopping = False
+        stopping, vote = False, StopVote(self.device)
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
         with closing(tracker), stop_requests() as stop, self.saving_before_errors():
@@ -270,7 +270,7 @@ class NetworkTrainer(ABC):
                     request = requests.take() if requests is not None else None
                     if request is not None:
                         self.save(step_name(saving.output_name, step), with_state=True)
-                    stopping = on_any_process(stop.requested or request == SAVE_AND_STOP, self.device)
+                    stopping = vote.cast(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:
                         break
             logger.info("%s", meter.summary())

@@ -14,10 +14,12 @@ from threading import Thread
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from library.anima_runtime.config import AnimaConfig
 from library.training.ema import EmaSettings, decay_after
 from library.training.guard import RATE_FACTOR, GuardSettings
+from library.training.processes import StopVote
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
 from tests.training_runs import TrainingRun, tensor_bytes
@@ -181,6 +183,16 @@ def test_a_save_holds_the_weights_of_its_step_while_recorded_steps_go_on(real_wi
     assert all(same(*pair) for pair in zip(moments, optimizer_state(trainer), strict=True))
     again = train(trainer, small[0], large[3], small[1])
     assert torch.stack(again).tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-3)
+
+
+def test_a_vote_to_stop_is_answered_one_step_later():
+    """A group of one process, which exchanges as several would."""
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        vote = StopVote(torch.device("cuda"))
+        assert [vote.cast(wish) for wish in (False, True, False, False)] == [False, False, True, False]
+    finally:
+        distributed.destroy_process_group()
 
 
 def deterministic() -> None:

@@ -28,13 +28,14 @@ SCRIPT = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from library.training.processes import is_first_to_tell, on_any_process, sum_over_processes
+from library.training.processes import StopVote, is_first_to_tell, sum_over_processes
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
 sum_over_processes(gradients)
-flags = [on_any_process(flag, accelerator.device) for flag in (rank == 1, False)]
+vote = StopVote(accelerator.device)
+flags = [vote.cast(flag) for flag in (rank == 1, False, False)]
 told = [is_first_to_tell(text) for text in ("the same", f"of {rank}")]
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
     json.dump([flags, [gradient.unique().tolist() for gradient in gradients], told], file)
@@ -42,7 +43,7 @@ accelerator.wait_for_everyone()
 """
 
 
-def test_a_stop_on_one_process_stops_all_gradients_are_summed_and_one_tells_what_both_know(tmp_path):
+def test_a_wish_to_stop_on_one_process_stops_all_gradients_are_summed_and_one_tells_what_both_know(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     root = Path(__file__).parents[1]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -54,7 +55,7 @@ def test_a_stop_on_one_process_stops_all_gradients_are_summed_and_one_tells_what
     )
     seen = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for flags, sums, _ in seen:
-        assert (flags, sums) == ([True, False], [[3.0], [10.0]])
+        assert (flags, sums) == ([False, True, False], [[3.0], [10.0]])
     same, own = zip(*(told for _, _, told in seen), strict=True)
     assert sorted(same) == [False, True]
     assert own == (True, True)

@@ -40,14 +40,44 @@ def sum_gradients(parameters: Iterable[nn.Parameter], others: Sequence[Tensor]) 
     sum_over_processes([*gradients, *others])
 
 
-def on_any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any process: all must leave the loop after the same step, or one waits forever."""
-    if not distributed.is_initialized():
-        return flag
-    flags = torch.tensor(float(flag), device=device)
-    with _naming_lost_processes():
-        distributed.all_reduce(flags)
-        return flags.item() > 0
+class StopVote:
+    """Whether any process wants to stop: all must leave the loop after the same step, or one waits forever.
+
+    Of several processes the answer to one step's wishes comes after the next step, so that no step waits for its GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def cast(self, wants_to_stop: bool) -> bool:
+        """Takes in this process's wish, once a step; returns whether to stop now."""
+        if not distributed.is_initialized():
+            return wants_to_stop
+        with _naming_lost_processes():
+            stops = self._answer()
+            wishes = torch.full((), float(wants_to_stop), device=self._device)
+            distributed.all_reduce(wishes)
+            self._ask(wishes)
+        return stops
+
+    def _ask(self, wishes: Tensor) -> None:
+        """Has the sum of all wishes brought to main memory, without waiting for it."""
+        if wishes.device.type != "cuda":
+            self._asked = wishes, None
+            return
+        arrived, on_host = torch.cuda.Event(), torch.empty((), pin_memory=True)
+        on_host.copy_(wishes, non_blocking=True)
+        arrived.record()
+        self._asked = on_host, arrived
+
+    def _answer(self) -> bool:
+        if self._asked is None:
+            return False
+        wishes, arrived = self._asked
+        if arrived is not None:
+            arrived.synchronize()
+        return wishes.item() > 0
 
 
 def gather_lists(own: list[Any]) -> list[Any]:
