@@ -89,13 +89,12 @@ def test_workers_change_nothing(pictures):
 
 
 def test_variants_masks_and_weights_are_the_same_with_workers_and_on_ranks(tmp_path, draw):
-    for index in range(4):
-        draw(f"own/p{index}", (96, 64), "x")
-    for name in ("reg/r0", "masks/p0", "masks/p1", "masks/p2", "masks/p3"):
+    names = ["p0", "p1", "p2_40_30_12_10", "p3_70_20_12_10"]  # two with faces
+    for name in [*(f"own/{name}" for name in names), *(f"masks/{name}" for name in names), "reg/r0"]:
         draw(name, (96, 64), "x")
     own = SubsetSettings(
         image_dir=tmp_path / "own", num_repeats=2, flip_aug=True, random_crop=True, color_aug=True,
-        conditioning_data_dir=tmp_path / "masks",
+        face_crop_aug_range=(2.0, 4.0), conditioning_data_dir=tmp_path / "masks",
     )  # fmt: skip
     reg = SubsetSettings(image_dir=tmp_path / "reg", is_reg=True, prior_loss_weight=0.25)
     dataset = DatasetSettings(resolutions=((64, 64), (32, 32)), subsets=(own, reg))
