@@ -75,8 +75,8 @@ def _lines(report: DatasetReport) -> Iterator[str]:
     yield from _section("without a caption", report.without_caption)
     yield from _section("enlarged", [f"{_shape(fit)}, {fit.scale:.2f} times" for fit in report.enlarged])
     yield from _section("cropped by a tenth or more", [f"{_shape(fit)}, {fit.cut:.0%} cut" for fit in report.cropped])
-    yield from _section("groups with the same content", map(" = ".join, report.same_content))
-    yield from _section("groups that look alike", map(" ~ ".join, report.similar))
+    yield from _section("groups with the same content", [first_ten(group, " = ") for group in report.same_content])
+    yield from _section("groups that look alike", [first_ten(group, " ~ ") for group in report.similar])
     if report.long_captions is None:
         yield "tokens: not counted, as there is no T5 tokenizer yet; a run downloads it, or set t5_tokenizer_dir to one"
     else:

@@ -108,6 +108,14 @@ def test_copies_are_found(folder, capsys):
     assert report["same_content"] == [["a.png", "copy.png"]] and report["similar"] == [["b small.jpg", "b.png"]]
 
 
+def test_of_many_copies_ten_are_named(folder, capsys):
+    for number in range(20):
+        (folder / f"copy{number:02}.png").write_bytes((folder / "a.png").read_bytes())
+    assert main(["--train_data_dir", str(folder), *SETTINGS, "--class_tokens", "x"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "copy00.png" in line]
+    assert line.count(".png = ") == 10 and line.endswith(" = and 11 more")
+
+
 def test_hashes_tell_scaled_pictures_from_others(tmp_path):
     hashes = {}
     for number in range(12):
