@@ -1,4 +1,4 @@
-"""Saving beside training: one save at a time is written by a thread, from a copy that training does not change."""
+"""Saving beside training: a thread writes one save after the other, from copies that training does not change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from queue import Queue
 from threading import Thread
 
 from library.errors import UserError
@@ -15,6 +16,12 @@ from library.training.saving import SavingSettings
 from library.training.upload import Uploader
 
 logger = logging.getLogger(__name__)
+
+Write = Callable[[], Sequence[Path]]
+
+# Saves that may wait while one is written. Those of an epoch, of a step and of the best adapter can fall together; more
+# would only fill main memory with copies.
+_MOST_WAITING = 2
 
 
 class Saver:
@@ -27,20 +34,23 @@ class Saver:
         self._settings = settings
         self._uploader = uploader
         self._thread: Thread | None = None
+        self._waiting: Queue[tuple[str, Write]] = Queue(_MOST_WAITING)
         self.failure: str | None = None
 
-    def start(self, name: str, write: Callable[[], Sequence[Path]]) -> None:
-        """Has a save written, after waiting for the one before. write: writes its files and folders, and names them."""
-        self.wait()
-        # A daemon: when the user stops the program at once, the files that are not complete yet stay absent.
-        self._thread = Thread(target=self._save, args=(name, write), name="saving", daemon=True)
-        self._thread.start()
+    def start(self, name: str, write: Write) -> None:
+        """Has a save written after those before it; where too many of them wait, this waits as well.
+
+        write: writes its files and folders, and names them.
+        """
+        if self._thread is None:
+            # A daemon: when the user stops the program at once, the files that are not complete yet stay absent.
+            self._thread = Thread(target=self._work, name="saving", daemon=True)
+            self._thread.start()
+        self._waiting.put((name, write))
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._waiting.join()
 
     def finish(self) -> None:
         """Waits for the last save and its upload. UserError where the save failed."""
@@ -50,7 +60,18 @@ class Saver:
         if self.failure is not None:
             raise UserError(self.failure)
 
-    def _save(self, name: str, write: Callable[[], Sequence[Path]]) -> None:
+    def _work(self) -> None:
+        while True:
+            name, write = self._waiting.get()
+            try:
+                self._save(name, write)
+            except Exception as error:  # of what follows a save; the thread goes on, or training would wait forever
+                logger.warning("after saving %s: %s: %s", name, type(error).__name__, error)
+            finally:
+                del write  # and with it the copies that it holds
+                self._waiting.task_done()
+
+    def _save(self, name: str, write: Write) -> None:
         self.failure = None
         try:
             written = write()

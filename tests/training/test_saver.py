@@ -2,9 +2,12 @@
 
 import errno
 import threading
+import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from library.errors import UserError
 from library.training.saver import Saver
@@ -31,21 +34,66 @@ def failing(error):
     return write
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_next_one_waits(settings, tmp_path):
+def test_training_goes_on_while_saves_are_written_in_their_order(settings, tmp_path):
+    """Three that fall together wait for one another, and training for none of them."""
     may_end, order = threading.Event(), []
 
-    def slow():
-        assert may_end.wait(10)
-        order.append("first")
-        return []
+    def slow(name):
+        def write():
+            assert may_end.wait(10)
+            order.append(name)
+            return []
+
+        return write
 
     saver = Saver(settings)
-    saver.start("a-step00000001", slow)
+    for name in ("a-best", "a-step00000001", "a-000001"):
+        saver.start(name, slow(name))
     order.append("training")
     may_end.set()
-    saver.start("a-step00000002", lambda: order.append("second") or [])
     saver.finish()
-    assert order == ["training", "first", "second"]
+    assert order == ["training", "a-best", "a-step00000001", "a-000001"]
+
+
+def test_training_waits_where_copies_would_pile_up(settings):
+    may_end, started = threading.Event(), []
+    saver = Saver(settings)
+
+    def start_many():
+        for number in range(6):
+            saver.start(f"a-step{number:08d}", lambda: may_end.wait(10) and [])
+            started.append(number)
+
+    training = threading.Thread(target=start_many)
+    training.start()
+    training.join(0.5)
+    assert training.is_alive() and len(started) == 3
+    may_end.set()
+    training.join(10)
+    saver.finish()
+    assert len(started) == 6
+
+
+def test_what_goes_wrong_after_a_save_stops_no_later_one(settings, tmp_path, caplog):
+    def broken(written):
+        raise RuntimeError("no uploads today")
+
+    saver = Saver(settings, uploader=SimpleNamespace(add=broken, finish=lambda: None))
+    for number in range(5):
+        saver.start(f"a-step{number:08d}", writer(tmp_path / f"{number}"))
+    saver.finish()
+    assert len(list(tmp_path.iterdir())) == 5
+    assert "after saving a-step00000004: RuntimeError: no uploads today" in caplog.text
+
+
+def test_what_was_written_is_no_longer_held(settings):
+    copies = torch.zeros(3)
+    gone = weakref.ref(copies)
+    saver = Saver(settings)
+    saver.start("a", partial(lambda copies: [], copies))
+    del copies
+    saver.wait()
+    assert gone() is None
 
 
 def test_a_failed_save_is_told_and_the_next_one_makes_up_for_it(settings, tmp_path, caplog):
