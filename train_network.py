@@ -37,6 +37,7 @@ from library.settings import Settings, settings_as_flat_dict
 from library.training.captured import CapturedBackward
 from library.training.ema import AdapterEma
 from library.training.guard import Guard, lowered_rates
+from library.training.host_copy import reserve_host_memory
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
@@ -58,7 +59,7 @@ from library.training.resuming import first_state
 from library.training.run import DTYPES, RunState
 from library.training.samples import SampleFiles, SamplePicture, telling_failures
 from library.training.saver import Saver
-from library.training.saves import Save, copy_adapters, write_save
+from library.training.saves import SAVED_COPIES, Save, copy_adapters, write_save
 from library.training.saving import epoch_name, is_due, save_epochs, step_name
 from library.training.schedules import ScheduleSettings, draw_schedule, make_schedule
 from library.training.snapshot import make_snapshot
@@ -236,6 +237,7 @@ class NetworkTrainer(ABC):
         self.meter = meter = Meter(self.state.step, self.device)
         meter.restore(self.state.averages)
         self.network.train()
+        reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
         stopping, vote = False, StopVote(self.device)
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)

@@ -19,6 +19,7 @@ from torch import distributed
 from library.anima_runtime.config import AnimaConfig
 from library.training.ema import EmaSettings, decay_after
 from library.training.guard import RATE_FACTOR, GuardSettings
+from library.training.host_copy import copy_to_host, reserve_host_memory
 from library.training.processes import StopVote
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
@@ -183,6 +184,18 @@ def test_a_save_holds_the_weights_of_its_step_while_recorded_steps_go_on(real_wi
     assert all(same(*pair) for pair in zip(moments, optimizer_state(trainer), strict=True))
     again = train(trainer, small[0], large[3], small[1])
     assert torch.stack(again).tolist() == pytest.approx(torch.stack(losses).tolist(), rel=1e-3)
+
+
+def test_the_first_copy_finds_its_pinned_memory_reserved():
+    tensors = [torch.full((1000,), float(number), device="cuda") for number in range(500)]
+    thread = reserve_host_memory(tensors, copies=2)
+    thread.join()
+    before = torch.cuda.host_memory_stats()["num_host_alloc"]
+    copies = copy_to_host([tensors, tensors])
+    assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
+    assert all(
+        copy.is_pinned() and torch.equal(copy, tensor.cpu()) for copy, tensor in zip(copies[1], tensors, strict=True)
+    )
 
 
 def test_a_vote_to_stop_is_answered_one_step_later():

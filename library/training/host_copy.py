@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from threading import Thread
 from typing import Any
 
 import torch
@@ -19,6 +21,25 @@ def copy_to_host(value: Any) -> Any:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return copied
+
+
+def reserve_host_memory(tensors: Iterable[Tensor], copies: int) -> Thread | None:
+    """Has a thread take pinned memory for so many copies of the tensors, and leave it to torch for later ones.
+
+    The system takes its time to pin memory, and the first save would wait for it with the run standing still.
+    Returns the thread; None without a GPU, where nothing is pinned.
+    """
+    forms = [(tensor.shape, tensor.dtype) for tensor in tensors if tensor.is_cuda for _ in range(copies)]
+    if not forms:
+        return None
+
+    def take() -> None:
+        kept = [torch.empty(shape, dtype=dtype, pin_memory=True) for shape, dtype in forms]
+        kept.clear()
+
+    thread = Thread(target=take, name="pinning", daemon=True)
+    thread.start()
+    return thread
 
 
 def _copied(value: Any) -> Any:

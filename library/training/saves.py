@@ -21,6 +21,8 @@ from library.training.states import StateCopy, write_state
 Adapters = Mapping[str, Mapping[str, Tensor]]
 # Of adapters, a file format and a number format: the tensors of the file by key.
 Export = Callable[[Adapters, str, torch.dtype], Mapping[str, Tensor]]
+# Of each trained number a save holds the adapter's own, the state's, and the two moments that most optimizers keep.
+SAVED_COPIES = 4
 
 
 class AdapterNetwork(Protocol):

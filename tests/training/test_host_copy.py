@@ -1,0 +1,28 @@
+"""Copies in main memory that training does not change."""
+
+from __future__ import annotations
+
+import torch
+
+from library.training.host_copy import copy_to_host, reserve_host_memory
+
+
+def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
+    tensor = torch.ones(2)
+    value = {"a": [tensor, (tensor, 3)], "b": {"c": "text"}, 4: None}
+    copied = copy_to_host(value)
+    tensor.fill_(5)
+    assert copied["b"] == {"c": "text"} and copied[4] is None
+    assert isinstance(copied["a"], list) and isinstance(copied["a"][1], tuple)
+    for found in (copied["a"][0], copied["a"][1][0]):
+        assert torch.equal(found, torch.ones(2))
+    assert copied["a"][1][1] == 3
+
+
+def test_copies_are_not_part_of_the_graph():
+    weight = torch.nn.Parameter(torch.ones(2))
+    assert not copy_to_host([weight * 2])[0].requires_grad
+
+
+def test_nothing_is_pinned_without_a_gpu():
+    assert reserve_host_memory([torch.ones(2)], copies=4) is None
