@@ -42,30 +42,33 @@ from networks.norm import NormDelta
 
 # Kernels share the backward pass out by keys and heads, and few keys leave half an H200 idle: queries in two parts, as
 # samples of their own, take 121 µs instead of 182 for 4096 queries of 512 keys.
-_FEW_KEYS = 2
+_FEW_KEYS = 4
 
 
 class FusedNorm:
-    """A q or k norm with what an adapter adds to its weight."""
+    """A q or k norm with what an adapter adds to its weight.
+
+    weight [D]: as it was when `FusedBlocks` last ran, in float32 at least.
+    """
 
     def __init__(self, norm: RMSNorm, adapter: NormDelta | None) -> None:
-        self.base = norm.weight
+        self.base = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
+        self.weight = self.base
         self.adapter = adapter
-
-    def weight(self) -> Tensor:
-        """As it now is: [D], in float32 at least."""
-        base = self.base if self.base.dtype == torch.float64 else self.base.float()
-        return base if self.adapter is None else base + self.adapter.w_norm.to(base.dtype)
 
     def parameters(self) -> list[nn.Parameter]:
         return [] if self.adapter is None else [self.adapter.w_norm]
 
 
 class Attended(NamedTuple):
-    """What attention's backward pass needs: its inputs as leaves, (B, L, heads, D), and its result, (B, L, E)."""
+    """What attention's backward pass needs: its inputs as leaves, (B, L, heads, D), and its result, (B, L, E).
 
-    inputs: tuple[Tensor, Tensor, Tensor]
+    parts: how many samples were made of each.
+    """
+
+    inputs: tuple[Tensor, ...]
     output: Tensor
+    parts: int
 
 
 class _Activations(NamedTuple):
@@ -81,6 +84,7 @@ class _Activations(NamedTuple):
     q: list[Tensor]
     context_rows: Tensor
     kv: list[Tensor]
+    kv_hidden: Tensor | None
     cross_attended: Attended
     cross_output: tuple[Sum, Tensor | None]
     x_third: Tensor
@@ -135,8 +139,8 @@ class FusedBlock:
         into = self.q.empty_input(count)
         x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2, into)
         q_cross = self.q.forward(second.normed_ND)
-        context_rows = self.kv.empty_input(context_BSD.shape[0] * context_BSD.shape[1]).copy_(_rows(context_BSD))
-        kv = self.kv.forward(context_rows)
+        context_rows = _rows(context_BSD)
+        kv, kv_hidden = self.kv.forward_any(context_rows)
         q, k = self._normed(q_cross[0], self.norms[2], None, x_BLD), self._normed(kv[0], self.norms[3], None, x_BLD)
         cross_attended = _attend(cross_attn.attend, q, k, self._heads(kv[1], x_BLD))
         cross_output = self.cross_output.forward_late(_rows(cross_attended.output.detach()))
@@ -149,7 +153,7 @@ class FusedBlock:
         narrow = self.narrow.forward_late(activated)
         x_out, _ = gated_norm(x_third, Gated(narrow[0], gate_3), None)
         return x_out, _Activations(
-            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, context_rows, kv,
+            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, context_rows, kv, kv_hidden,
             cross_attended, cross_output, x_third, third, wide, activated, narrow,
         )  # fmt: skip
 
@@ -197,7 +201,7 @@ class FusedBlock:
         gradients = self.kv.empty_gradients(len(saved.context_rows))
         found[10] = self._normed_backward(dk, saved.kv[0], self.norms[3], None, gradients[0], dx_BLD)
         self._heads(gradients[1], dx_BLD).copy_(dv)
-        dcontext, found[3] = self.kv.backward(gradients, saved.context_rows, None, wants_context)
+        dcontext, found[3] = self.kv.backward(gradients, saved.context_rows, saved.kv_hidden, wants_context)
         gradients, gated = self.self_output.empty_gradients(count), Gated(saved.self_output[0], gate_1)
         dx_BLD = gated_norm_backward(
             dx_BLD, dnormed, saved.x_second, saved.second, shift_scale_2, gated, gradients[0], sums(1, 0)
@@ -230,7 +234,7 @@ class FusedBlock:
 
     def _normed(self, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, x_BLD: Tensor) -> Tensor:
         """(B, L, heads, D)"""
-        return self._heads(head_norm(x_NE, norm.weight(), rotary, len(x_NE) // len(x_BLD)), x_BLD)
+        return self._heads(head_norm(x_NE, norm.weight, rotary, len(x_NE) // len(x_BLD)), x_BLD)
 
     def _normed_backward(
         self, dout: Tensor, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, dx_NE: Tensor, x_BLD: Tensor
@@ -238,7 +242,7 @@ class FusedBlock:
         """Writes the gradient of x to dx; returns that of the norm's parameter, if it has one."""
         length = len(x_NE) // len(x_BLD)
         dweight = head_norm_backward(
-            _rows(dout).flatten(1), x_NE, norm.weight(), rotary, length, dx_NE, norm.adapter is not None
+            _rows(dout).flatten(1), x_NE, norm.weight, rotary, length, dx_NE, norm.adapter is not None
         )
         return [] if norm.adapter is None else [dweight]
 
@@ -282,6 +286,7 @@ class FusedBlocks:
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
             self._blocks.append(FusedBlock(block, own))
         self._copies = ManyCopies([copy for fused in self._blocks for joint in fused.joints for copy in joint.copies()])
+        self._norms = [norm for fused in self._blocks for norm in fused.norms if norm.adapter is not None]
         self._joins_modulations = not any(".adaln_modulation_" in path for path in adapters)
         if self._joins_modulations:
             self._down, self._up = _join_modulations(transformer.blocks)
@@ -298,11 +303,20 @@ class FusedBlocks:
         if self._network.multiplier != 1:
             return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
         self._copies.run()
+        self._take_norms()
         modulations = self._modulations(time_BD, shared_modulation_BK)
         for number, fused in enumerate(self._blocks):
             own = modulations[3 * number : 3 * number + 3]
             x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, fused, *fused.parameters())
         return x_BLD
+
+    @torch.no_grad()
+    def _take_norms(self) -> None:
+        """Adds what the adapters now hold to the norms' weights."""
+        if self._norms:
+            pairs = [(norm.base, norm.adapter.w_norm) for norm in self._norms]
+            for norm, weight in zip(self._norms, torch._foreach_add(*map(list, zip(*pairs, strict=True))), strict=True):
+                norm.weight = weight
 
     def _modulations(self, time_BD: Tensor, shared_BK: Tensor) -> Sequence[Tensor]:
         """Those of all branches, block after block."""
@@ -362,15 +376,20 @@ def _rows(x_BLD: Tensor) -> Tensor:
 
 def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Attended:
     """Runs the model's attention with a graph of its own, for `_attend_backward`."""
-    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
     samples, length = q.shape[:2]
     parts = 2 if k.shape[1] * _FEW_KEYS <= length and length % 2 == 0 else 1
+    if parts > 1:
+        q = q.reshape(samples * parts, length // parts, *q.shape[2:])
+        k, v = (torch.stack([x] * parts, dim=1).flatten(0, 1) for x in (k, v))
+    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
-        q_parts = inputs[0].view(samples * parts, length // parts, *q.shape[2:])
-        k_parts, v_parts = (x.repeat_interleave(parts, 0) if parts > 1 else x for x in inputs[1:])
-        return Attended(inputs, function(q_parts, k_parts, v_parts).view(samples, length, -1))
+        return Attended(inputs, function(*inputs).view(samples, length, -1), parts)
 
 
 def _attend_backward(attended: Attended, dout_NE: Tensor) -> tuple[Tensor, ...]:
     """Gradients of q, k and v, (B, L, heads, D) each."""
-    return torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))
+    dq, dk, dv = torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))
+    if attended.parts > 1:
+        dq = dq.unflatten(0, (-1, attended.parts)).flatten(1, 2)
+        dk, dv = (x[0 :: attended.parts] + x[1 :: attended.parts] for x in (dk, dv))
+    return dq, dk, dv

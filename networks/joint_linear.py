@@ -77,15 +77,21 @@ class JointLinear:
             torch.mm(x_NI, self._storage[self._out :, : self._in].t(), out=room[:, self._in :])
         return list((room @ self._storage[: self._out].t()).split(self._widths, dim=1))
 
+    def forward_any(self, x_NI: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Each Linear's output [N, out], of any x, and h."""
+        y = x_NI @ self._storage[:, : self._in].t()
+        y_NO, hidden_NR = y[:, : self._out], y[:, self._out :]
+        if self._rank:
+            y_NO.addmm_(hidden_NR, self._storage[: self._out, self._in :].t())
+        return list(y_NO.split(self._widths, dim=1)), hidden_NR
+
     def forward_late(self, x_NI: Tensor) -> tuple[Sum, Tensor | None]:
         """The only Linear's output, of any x, and h."""
+        if not 0 < self._rank <= _MOST_LATE_RANK:
+            (y_NO,), hidden_NR = self.forward_any(x_NI)
+            return Sum(y_NO), hidden_NR
         y = x_NI @ self._storage[:, : self._in].t()
-        if not self._rank:
-            return Sum(y), None
-        base_NO, hidden_NR = y[:, : self._out], y[:, self._out :]
-        if self._rank > _MOST_LATE_RANK:
-            return Sum(torch.addmm(base_NO, hidden_NR, self._up_t)), hidden_NR
-        return Sum(base_NO, hidden_NR, self._up_t), hidden_NR
+        return Sum(y[:, : self._out], y[:, self._out :], self._up_t), y[:, self._out :]
 
     def empty_gradients(self, count: int) -> list[Tensor]:
         """Where the gradients of each Linear's output go for `backward`: [N, out]."""
@@ -97,7 +103,7 @@ class JointLinear:
     ) -> tuple[Tensor | None, list[Tensor]]:
         """The gradient of x [N, in], if wanted, and those of the parameters, float32; from those of the outputs.
 
-        hidden: h as `forward_late` gave it; else x is the one that `forward` took, and h beside it.
+        hidden: h as `forward_any` or `forward_late` gave it; else x is the one that `forward` took, and h beside it.
         """
         room = _room(gradients[0])
         dy_NO, dhidden_NR = room[:, : self._out], room[:, self._out :]

@@ -36,6 +36,9 @@ class JointLoKr:
             outputs.append(y_NO if factors is None else add_kronecker_(y_NO, x_NI, *factors))
         return outputs
 
+    def forward_any(self, x_NI: Tensor) -> tuple[list[Tensor], None]:
+        return self.forward(x_NI), None
+
     def forward_late(self, x_NI: Tensor) -> tuple[Sum, None]:
         return Sum(self.forward(x_NI)[0]), None
 
