@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from threading import Thread
 from typing import Any
 
@@ -40,6 +40,17 @@ def reserve_host_memory(tensors: Iterable[Tensor], copies: int) -> Thread | None
     thread = Thread(target=take, name="pinning", daemon=True)
     thread.start()
     return thread
+
+
+def bytes_of(value: Any) -> int:
+    """Of all tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return 0
+    return sum(map(bytes_of, value))
 
 
 def _copied(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from library.training.adapter_writing import write_adapter
 from library.training.ema import AdapterEma
-from library.training.host_copy import copy_to_host
+from library.training.host_copy import bytes_of, copy_to_host
+from library.training.machine import free_bytes
 from library.training.optimizers import averaged_weights
 from library.training.saving import SAVE_DTYPES, SavingSettings
 from library.training.states import StateCopy, write_state
@@ -54,13 +56,25 @@ def copy_adapters(
     return adapters
 
 
+def bytes_to_write(save: Save, formats: int, dtype: torch.dtype) -> int:
+    """About as many as the save's files have; headers and metadata are small beside them."""
+    numbers = sum(
+        tensor.numel() for adapters in save.adapters.values() for own in adapters.values() for tensor in own.values()
+    )
+    state = 0 if save.state is None else bytes_of([save.state.network, save.state.torch_files])
+    return numbers * dtype.itemsize * formats + state
+
+
 def write_save(save: Save, settings: SavingSettings, formats: Sequence[str], export: Export) -> list[Path]:
     """Writes each adapter in each format, and the state's folder; returns all of them.
 
     The first format's file has the adapter's name, and those of others name the format. OSError where the disk does not
-    take them.
+    take them; nothing is begun where it has too little room.
     """
     written, dtype = [], SAVE_DTYPES[settings.save_precision]
+    needed, free = bytes_to_write(save, len(formats), dtype), free_bytes(settings.output_dir)
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed, {free} are free", str(settings.output_dir))
     for stem, adapters in save.adapters.items():
         for number, file_format in enumerate(formats):
             path = settings.output_dir / (f"{stem}-{file_format}.safetensors" if number else f"{stem}.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from library.training.host_copy import copy_to_host, reserve_host_memory
+from library.training.host_copy import bytes_of, copy_to_host, reserve_host_memory
 
 
 def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
@@ -26,3 +26,7 @@ def test_copies_are_not_part_of_the_graph():
 
 def test_nothing_is_pinned_without_a_gpu():
     assert reserve_host_memory([torch.ones(2)], copies=4) is None
+
+
+def test_bytes_are_counted_wherever_tensors_stand():
+    assert bytes_of({"a": [torch.ones(3), (torch.ones(2, dtype=torch.bfloat16), "text")], "b": 7}) == 16

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from library.training import machine
 from library.training.ema import AdapterEma, EmaSettings
 from library.training.saves import Save, copy_adapters, write_save
 from library.training.saving import SavingSettings
@@ -66,3 +70,17 @@ def test_each_adapter_is_written_in_each_format_and_the_state_beside_them(tmp_pa
     found = load_file(tmp_path / "a-ema-kohya.safetensors")
     assert found.keys() == {"kohya.block.down"}
     assert torch.equal(found["kohya.block.down"], torch.zeros(2, dtype=torch.bfloat16))
+
+
+def test_nothing_is_begun_on_a_disk_with_too_little_room(tmp_path, monkeypatch):
+    """Two formats of 100 numbers in bf16, and 300 numbers of a state in float32."""
+    state = StateCopy({"down": torch.ones(100)}, {"optimizer": {"state": {0: [torch.ones(200)]}}}, {})
+    save = Save("a", {"a": {"block": {"down": torch.ones(100)}}}, None, state)
+    settings = SavingSettings(output_dir=tmp_path, save_precision="bf16")
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1599))
+    with pytest.raises(OSError, match="1600 bytes are needed, 1599 are free") as caught:
+        write_save(save, settings, ("comfy", "kohya"), export)
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1600))
+    assert len(write_save(save, settings, ("comfy", "kohya"), export)) == 3
