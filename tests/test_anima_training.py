@@ -317,6 +317,22 @@ def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(co
     assert shown_pictures(events) == ["sample/00", "sample/01", "sample/sheet", "sample_base/00", "sample_base/01"]
 
 
+def test_sampling_leaves_what_training_draws_as_it_was(config, tmp_path, losses):
+    """Sampled after each step or never: the same losses and weights bit for bit, whatever is drawn in a step."""
+    (tmp_path / "prompts.txt").write_text("a red square --w 32 --h 32 --s 2\n", encoding="utf-8")
+    settings = {
+        "max_train_steps": 4, "network_dropout": 0.3, "shuffle_caption": True, "caption_tag_dropout_rate": 0.3,
+        "cache_latents": False, "color_aug": True,
+    }  # fmt: skip
+    assert main(config(**settings)) == 0
+    without = adapter(tmp_path)
+    sampled = {"sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 1, "sample_at_first": True}
+    assert main(config(**settings, **sampled)) == 0
+    assert len(list((tmp_path / "output" / "sample").glob("*_sheet.png"))) == 5
+    assert losses[:4] == losses[4:]
+    assert all(torch.equal(tensor, without[key]) for key, tensor in adapter(tmp_path).items())
+
+
 def shown_pictures(folder: Path) -> list[str]:
     """The names of the pictures in a TensorBoard folder."""
     events = EventAccumulator(str(folder))

@@ -244,7 +244,9 @@ EXACT = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_resume_on_one_gpu_is_exact_in_deterministic_mode(config, tmp_path, name):
-    """6 steps, and 4 of them, killed by the end, with the rest from the state: the same losses and the same bytes."""
+    """6 steps, and the last two of them again from the state after the fourth: the same losses and the same bytes."""
+    if "optimizer_type" in EXACT[name]:
+        pytest.importorskip("schedulefree")
     common = {"max_train_steps": 6, "save_every_n_steps": 4, "save_state": True, "log_with": "none", **EXACT[name]}
     straight = TrainingRun(config(**common), tmp_path / "straight.log", deterministic)
     assert straight.end() == 0, straight.output
