@@ -32,7 +32,8 @@ LAUNCH = ["launch", "--quiet", *ANSWERS]
 
 COMPARISONS = {">=": operator.ge, "<": operator.lt}
 BOUND = r'(>=|<)\s*"?([\d.]+)"?'
-REQUIREMENT = re.compile(rf"([\w.-]+)((?:{BOUND},?)*)(?:\s*;\s*python_version\s*({BOUND}))?")
+SYSTEM = r'platform_system\s*==\s*"(\w+)"'
+REQUIREMENT = re.compile(rf"([\w.-]+)((?:{BOUND},?)*)(?:\s*;\s*(?:python_version\s*({BOUND})|{SYSTEM}))?")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,12 +69,15 @@ def requirements(file: Path) -> list[str]:
 
 
 def is_met(requirement: str) -> bool:
-    """Whether 'name>=a,<b; python_version < "c"' holds for the running interpreter and its packages."""
+    """Whether a line such as 'name>=a,<b' holds for the running interpreter and its packages.
+
+    Behind it may stand '; python_version < "c"' or '; platform_system == "Linux"'.
+    """
     match = REQUIREMENT.fullmatch(requirement)
     if match is None:
         raise ValueError(f"a requirement of a form this script does not know: {requirement}")
-    name, bounds, marker = match[1], match[2], match[5]
-    if marker and not within(platform.python_version(), marker):
+    name, bounds, version, system = match[1], match[2], match[5], match[8]
+    if (version and not within(platform.python_version(), version)) or (system and platform.system() != system):
         return True
     try:
         return within(importlib.metadata.version(name), bounds)

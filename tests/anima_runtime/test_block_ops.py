@@ -1,0 +1,158 @@
+"""The passes between a block's products against autograd of the plain formulas, and the kernels against them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from library.anima_runtime import block_ops
+from library.anima_runtime.block_ops import Gated, ManyCopies, Modulation, ModulationSums, Sum
+
+SAMPLES, LENGTH, WIDTH, HEAD = 2, 21, 512, 32
+COUNT = SAMPLES * LENGTH
+
+
+@pytest.fixture
+def draw():
+    """draw(3, 4): normally distributed float64 numbers, other ones at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def kernels():
+    """`block_kernels` as a module, on the GPU or in Triton's interpreter."""
+    pytest.importorskip("triton")
+    from library.anima_runtime import block_kernels
+
+    return block_kernels
+
+
+def apart(rows):
+    """The same rows with others' columns between them, as in a room."""
+    return torch.cat([rows, torch.full_like(rows[:, :16], torch.nan)], dim=1)[:, : rows.shape[1]]
+
+
+def close(found, expected, bound=1e-5):
+    return (found - expected).norm() <= bound * expected.norm()
+
+
+def plain_gated_norm(x, base, hidden, weight, gate, shift, scale):
+    x = x + gate[:, None] * (base + hidden @ weight).view_as(x)
+    return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+@pytest.fixture
+def gated_case(draw):
+    """Inputs of x + gate * (base + hidden @ weight) and its modulated norm, and gradients of both results."""
+    shapes = [(SAMPLES, LENGTH, WIDTH), (COUNT, WIDTH), (COUNT, 16), (16, WIDTH), *[(SAMPLES, WIDTH)] * 3]
+    inputs = [draw(*shape).requires_grad_() for shape in shapes]
+    return SimpleNamespace(inputs=inputs, dx=draw(*shapes[0]), dnormed=draw(*shapes[0]))
+
+
+def run_gated(case, ops, dtype, wants_modulation=True):
+    """x, normed, and gradients of x, the branch, and (shift, scale, gate), by `block_ops` or `block_kernels`."""
+    x, base, hidden, weight, gate, shift, scale = (tensor.detach().to(dtype) for tensor in case.inputs)
+    gated, modulation = Gated(Sum(apart(base), apart(hidden), weight), gate), Modulation(shift, scale)
+    x_out, normed = ops.gated_norm(x, gated, modulation, apart(torch.empty_like(base)))
+    programs = 1 if ops is block_ops else ops.modulation_programs(SAMPLES, LENGTH)
+    partial = torch.zeros(SAMPLES, programs, 4, WIDTH, dtype=dtype)
+    dbranch = apart(torch.empty_like(base))
+    sums = ModulationSums(partial, 0, 3) if wants_modulation else None
+    dx, dnormed = case.dx.to(dtype), case.dnormed.to(dtype).flatten(0, 1)
+    dx = ops.gated_norm_backward(dx, dnormed, x_out, normed, modulation, gated, dbranch, sums)
+    found = partial.sum(1) if ops is block_ops else ops.sum_programs(partial.flatten(2)).view(SAMPLES, 4, WIDTH)
+    return [x_out, normed.normed_ND, dx, dbranch, found[:, 0], found[:, 1], found[:, 3]]
+
+
+def test_gated_norm_is_the_plain_formula_with_autograds_gradients(gated_case):
+    x_out, normed = plain_gated_norm(*gated_case.inputs)
+    x, base, _, _, gate, shift, scale = gated_case.inputs
+    both = (x_out * gated_case.dx).sum() + (normed * gated_case.dnormed).sum()
+    gradients = torch.autograd.grad(both, (x, base, shift, scale, gate))
+    expected = [x_out, normed.flatten(0, 1), *gradients]
+    for found, wanted in zip(run_gated(gated_case, block_ops, torch.float64), expected, strict=True):
+        assert close(found, wanted, 1e-12)
+
+
+@pytest.mark.parametrize("wants_modulation", [True, False])
+def test_gated_norms_kernels_equal_it(gated_case, kernels, wants_modulation):
+    expected = run_gated(gated_case, block_ops, torch.float64, wants_modulation)
+    for found, wanted in zip(run_gated(gated_case, kernels, torch.float32, wants_modulation), expected, strict=True):
+        assert close(found, wanted)
+
+
+@pytest.mark.parametrize("ops", ["plain", "kernels"])
+def test_either_half_of_gated_norm_can_be_left_out(gated_case, request, ops):
+    ops = block_ops if ops == "plain" else request.getfixturevalue("kernels")
+    x, base, _, _, gate, shift, scale = (tensor.detach().float() for tensor in gated_case.inputs)
+    gated, modulation, room = Gated(Sum(base), gate), Modulation(shift, scale), torch.empty_like(base)
+    added, nothing = ops.gated_norm(x, gated, None, None)
+    assert nothing is None and close(added, x + gate[:, None] * base.view_as(x))
+    same, normed = ops.gated_norm(x, None, modulation, room)
+    zero = torch.zeros_like(base), torch.zeros(COUNT, 1), torch.zeros(1, WIDTH)
+    assert same is x and close(normed.normed_ND, plain_gated_norm(x, *zero, gate, shift, scale)[1].flatten(0, 1))
+    dbranch = torch.empty_like(base)
+    assert ops.gated_norm_backward(x, None, added, None, None, gated, dbranch, None) is x
+    assert close(dbranch, (gate[:, None] * x).flatten(0, 1))
+
+
+@pytest.fixture
+def head_case(draw):
+    return SimpleNamespace(
+        x=draw(COUNT, WIDTH).requires_grad_(), weight=draw(HEAD).requires_grad_(), dout=draw(COUNT, WIDTH),
+        rotary=(draw(LENGTH, HEAD // 2), draw(LENGTH, HEAD // 2)),
+    )  # fmt: skip
+
+
+def run_heads(case, ops, dtype, turns):
+    x, weight, dout = (tensor.detach().to(dtype) for tensor in (case.x, case.weight, case.dout))
+    rotary = tuple(table.to(dtype) for table in case.rotary) if turns else None
+    dx = apart(torch.empty_like(x))
+    out = ops.head_norm(apart(x), weight, rotary, LENGTH)
+    return [out, dx, ops.head_norm_backward(dout, apart(x), weight, rotary, LENGTH, dx, True)]
+
+
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize(("ops", "dtype", "bound"), [("plain", torch.float64, 1e-12), ("kernels", torch.float32, 1e-5)])
+def test_head_norm_is_the_plain_formula_with_autograds_gradients(head_case, request, turns, ops, dtype, bound):
+    ops = block_ops if ops == "plain" else request.getfixturevalue("kernels")
+    heads = F.rms_norm(head_case.x.view(SAMPLES, LENGTH, -1, HEAD), (HEAD,), head_case.weight, 1e-6)
+    if turns:
+        cos, sin = (table[:, None] for table in head_case.rotary)
+        a, b = heads.chunk(2, dim=-1)
+        heads = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    out = heads.reshape(COUNT, WIDTH)
+    expected = [out, *torch.autograd.grad((out * head_case.dout).sum(), (head_case.x, head_case.weight))]
+    for found, wanted in zip(run_heads(head_case, ops, dtype, turns), expected, strict=True):
+        assert close(found, wanted, bound)
+
+
+@pytest.mark.parametrize(("ops", "dtype", "bound"), [("plain", torch.float64, 1e-12), ("kernels", torch.float32, 1e-6)])
+def test_gelu_is_exact_with_autograds_gradient(draw, request, ops, dtype, bound):
+    ops = block_ops if ops == "plain" else request.getfixturevalue("kernels")
+    x, dout = (3 * draw(COUNT, WIDTH)).requires_grad_(), draw(COUNT, WIDTH)
+    expected = F.gelu(x)
+    (gradient,) = torch.autograd.grad((expected * dout).sum(), x)
+    out, dx = (apart(torch.empty(COUNT, WIDTH, dtype=dtype)) for _ in range(2))
+    ops.gelu(x.detach().to(dtype), out)
+    ops.gelu_backward(dout.to(dtype), x.detach().to(dtype), dx)
+    assert close(out, expected, bound) and close(dx, gradient, bound)
+
+
+@pytest.mark.parametrize("ops", ["plain", "kernels"])
+def test_many_copies_put_each_matrix_in_its_place_as_it_now_is(draw, request, ops):
+    kernels = None if ops == "plain" else request.getfixturevalue("kernels")
+    sources, storage = [draw(3, 700).float(), draw(100, 16).float()], torch.zeros(2000, 800)
+    places = [storage[:3, :700], storage[1100:1116, 700:].t()]
+    copies = [(sources[0], places[0], 1.0), (sources[1], places[1], 0.5)]
+    plain, plan = ManyCopies(copies), None
+    for _ in range(2):
+        if kernels is None:
+            plain.run()
+        else:
+            plan = kernels.copy_all(copies, plan)
+        assert torch.equal(places[0], sources[0]) and torch.equal(places[1], sources[1] * 0.5)
+        assert storage.count_nonzero() == sources[0].numel() + sources[1].numel()
+        sources[0].add_(1)

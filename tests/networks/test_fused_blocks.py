@@ -1,0 +1,165 @@
+"""The fused blocks against the transformer's own modules with hooks: the same losses and gradients, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from library.anima_runtime.config import AnimaConfig
+from library.anima_runtime.transformer import AnimaTransformer
+from networks import loha_anima, lokr_anima, lora_anima
+from networks.fused_blocks import FusedBlocks, fuse_blocks, fuse_obstacle
+from tools.make_tiny_anima import TINY, transformer_shapes
+
+CONFIG = AnimaConfig.from_shapes(transformer_shapes(TINY, 100))
+WHOLE = {"full_matrix": "True", "factor": "4"}
+CASES = {
+    "lora": (lora_anima, {}),
+    "lora without norms": (lora_anima, {"train_norm": "False"}),
+    "lora of some modules": (lora_anima, {"target_modules": "blocks.*q_proj", "train_llm_adapter": "False"}),
+    "lora of the modulations too": (lora_anima, {"target_modules": "blocks.*q_proj,blocks.*adaln_modulation_mlp.1"}),
+    "lora of several ranks": (lora_anima, {"network_reg_dims": ".*k_proj=9,.*layer1=20"}),
+    "lokr, whole": (lokr_anima, WHOLE),
+    "lokr, low-rank": (lokr_anima, {"decompose_both": "True", "factor": "4"}),
+    "lokr of some modules": (lokr_anima, {**WHOLE, "target_modules": "blocks.*v_proj,blocks.*layer2"}),
+}
+
+
+def model_and_network(module, arguments, fuses, dim=4):
+    """A transformer with an attached network, all float64 and random, the same at each call."""
+    torch.manual_seed(0)
+    model = AnimaTransformer(CONFIG).double().requires_grad_(False)
+    network = module.create_network(1.0, dim, 2.0, None, None, model, **arguments).double()
+    for parameter in [*model.parameters(), *network.parameters()]:
+        if parameter.ndim > 1 or parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.15)
+    network.apply_to(None, model)
+    if fuses:
+        fuse_blocks(model, network)
+    return model, network
+
+
+def inputs(length=8):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw(2, 16, 1, 12, 16), torch.tensor([0.3, 0.8]), draw(2, length, CONFIG.context_width).requires_grad_()
+
+
+def loss_and_gradients(model, network, length=8):
+    latents, timesteps, context = inputs(length)
+    loss = model(latents, timesteps, context).square().mean()
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    return loss.item(), {**gradients, "context": context.grad}
+
+
+def check_equal(plain, fused):
+    """Within what the plain rotation, which is float32, leaves of float64."""
+    (loss, gradients), (fused_loss, fused_gradients) = plain, fused
+    assert fused_loss == pytest.approx(loss, rel=1e-7)
+    for name, gradient in gradients.items():
+        if gradient is None:
+            assert fused_gradients[name] is None, name
+        else:
+            assert (fused_gradients[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+            assert fused_gradients[name].shape == gradient.shape
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_losses_and_gradients_are_those_of_the_modules(case, checkpointing):
+    results = []
+    for fuses in (False, True):
+        model, network = model_and_network(*CASES[case], fuses)
+        model.gradient_checkpointing = checkpointing
+        results.append(loss_and_gradients(model, network))
+    check_equal(*results)
+
+
+@pytest.mark.parametrize("dim", [16, 40])
+@pytest.mark.parametrize("length", [8, 30])
+def test_every_rank_and_context_length_is_served(dim, length):
+    """Ranks above 32 are added at once, and queries of few keys are split in two."""
+    check_equal(
+        *(loss_and_gradients(*model_and_network(lora_anima, {}, fuses, dim), length) for fuses in (False, True))
+    )
+
+
+@pytest.mark.parametrize("case", ["lora", "lokr, whole", "lokr, low-rank"])
+def test_two_forward_passes_may_come_before_their_backward_passes(case):
+    results = []
+    for fuses in (False, True):
+        model, network = model_and_network(*CASES[case], fuses)
+        losses = [model(*inputs(length)).square().mean() for length in (8, 30)]
+        sum(losses).backward()
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+        results.append((sum(losses).item(), gradients))
+    check_equal(*results)
+
+
+def test_weights_that_have_moved_are_taken_over():
+    model, network = model_and_network(lora_anima, {}, fuses=True)
+    before, _ = loss_and_gradients(model, network)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.01)
+    after, _ = loss_and_gradients(model, network)
+    plain, plain_network = model_and_network(lora_anima, {}, fuses=False)
+    plain_network.load_state_dict(network.state_dict())
+    expected, _ = loss_and_gradients(plain, plain_network)
+    assert after != before and after == pytest.approx(expected, rel=1e-7)
+
+
+def test_without_gradients_it_renders_and_a_disabled_network_changes_nothing():
+    results = []
+    for fuses in (False, True):
+        model, network = model_and_network(lora_anima, {}, fuses)
+        with torch.no_grad():
+            enabled = model(*inputs())
+            with network.disabled():
+                results.append((enabled, model(*inputs())))
+    for plain, fused in zip(*results, strict=True):
+        assert torch.allclose(plain, fused, atol=1e-6)
+    assert not torch.allclose(*results[1])
+
+
+def test_the_models_weights_keep_their_names_and_values():
+    model, _ = model_and_network(lora_anima, {}, fuses=False)
+    fused, network = model_and_network(lora_anima, {}, fuses=True)
+    assert isinstance(fused.run_blocks, FusedBlocks)
+    assert fused.state_dict().keys() == model.state_dict().keys()
+    loss_and_gradients(fused, network)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fused.state_dict()[name], tensor), name
+
+
+def real_widths():
+    """A model of the real widths, on the meta device."""
+    shapes = transformer_shapes(TINY, 100)
+    with torch.device("meta"):
+        from dataclasses import replace
+
+        return AnimaTransformer(replace(AnimaConfig.from_shapes(shapes), width=2048, mlp_width=8192, head_size=128))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "neuron_dropout", "obstacle"),
+    [
+        (lora_anima, {}, None, None),
+        (lokr_anima, WHOLE, None, None),
+        (lora_anima, {"dora": "True"}, None, "DoRA"),
+        (lora_anima, {}, 0.1, "dropout"),
+        (lora_anima, {"module_dropout": "0.1"}, None, "dropout"),
+        (loha_anima, {}, None, "LoHa"),
+    ],
+)
+def test_what_it_cannot_compute_is_told(module, arguments, neuron_dropout, obstacle):
+    model = real_widths()
+    network = module.create_network(1.0, 4, 4.0, None, None, model, neuron_dropout=neuron_dropout, **arguments)
+    found = fuse_obstacle(model, network)
+    assert found is None if obstacle is None else obstacle in found
+
+
+def test_other_packages_networks_and_odd_widths_are_refused():
+    model, network = model_and_network(lora_anima, {}, fuses=False)
+    assert "another package" in fuse_obstacle(model, nn.Linear(2, 2))
+    assert "widths" in fuse_obstacle(model, network)
