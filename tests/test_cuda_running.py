@@ -24,8 +24,7 @@ from library.training.processes import StopVote
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
 from tests.training_runs import TrainingRun, tensor_bytes
-from tools.benchmark_cases import EAGER, BenchmarkTrainer, Case, case_settings, endless_batches
-from tools.benchmark_running import made_trainer
+from tools.benchmark_cases import EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer
 from tools.benchmark_running import main as benchmark_running
 from tools.make_tiny_anima import REAL, transformer_shapes
 from train_network import NetworkTrainer

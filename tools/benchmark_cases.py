@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -101,6 +101,9 @@ class BenchmarkTrainer(AnimaNetworkTrainer):
         return [CaptionStates(states, torch.arange(1, 121)) for _ in captions]
 
 
+T = TypeVar("T", bound=BenchmarkTrainer)
+
+
 def random_transformer(
     config: AnimaConfig, dtype: torch.dtype, device: torch.device, place: torch.device
 ) -> AnimaTransformer:
@@ -120,16 +123,19 @@ def random_transformer(
 
 def ready_trainer(case: Case, device: torch.device, config: AnimaConfig) -> BenchmarkTrainer:
     """A trainer with model, network and optimizer in place."""
-    settings = case_settings(case, device)
-    accelerator = Accelerator(mixed_precision="no", cpu=device.type == "cpu")
-    trainer = BenchmarkTrainer(settings, accelerator, config)
+    return made_trainer(BenchmarkTrainer, case_settings(case, device), config, len(case.sides))
+
+
+def made_trainer(kind: type[T], settings: Settings, config: AnimaConfig, buckets: int) -> T:
+    """The same of another kind, or with other settings. Those that run in float32 run on the CPU."""
+    trainer = kind(settings, Accelerator(mixed_precision="no", cpu=settings.run.precision == "no"), config)
     models = trainer.load_models()
     module = import_network_module(settings.network.network_module)
     trainer.network = create_network(settings.network, module, network_arguments(settings.network, {}), *models)
     trainer.network.to(trainer.device).apply_to(None, models[0], False, True)
     trainer.place_models()
     trainer.network.train()
-    trainer.make_parts(total_steps=1000, buckets=len(case.sides))
+    trainer.make_parts(total_steps=1000, buckets=buckets)
     return trainer
 
 

@@ -22,13 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from library.anima_runtime.config import AnimaConfig
@@ -43,8 +42,8 @@ from library.training.monitor import Monitor
 from library.training.saver import Saver
 from library.training.saving import NO_FILES
 from library.training.step_records import StepRecord, StepRecords
-from networks.setup import create_network, import_network_module, network_arguments
-from tools.benchmark_cases import CASES, EAGER, BenchmarkTrainer, Case, case_settings, endless_batches
+from networks.setup import import_network_module
+from tools.benchmark_cases import CASES, EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer
 from tools.gpu_measures import synchronize
 from tools.make_tiny_anima import REAL, TINY, transformer_shapes
 
@@ -52,8 +51,6 @@ from tools.make_tiny_anima import REAL, TINY, transformer_shapes
 _SAVED_STEP, _FIRST_STEP = 100, 90
 _WARM_UP = 5
 _PICTURES = 200
-
-T = TypeVar("T", bound=BenchmarkTrainer)
 
 
 class NoRecords:
@@ -145,19 +142,6 @@ class LoopTrainer(BenchmarkTrainer):
 
     def model_files(self) -> Mapping[str, Path]:
         return {}
-
-
-def made_trainer(kind: type[T], settings: Settings, config: AnimaConfig, buckets: int) -> T:
-    """A trainer of that kind, with model, network and optimizer in place."""
-    trainer = kind(settings, Accelerator(mixed_precision="no", cpu=settings.run.precision == "no"), config)
-    models = trainer.load_models()
-    module = import_network_module(settings.network.network_module)
-    trainer.network = create_network(settings.network, module, network_arguments(settings.network, {}), *models)
-    trainer.network.to(trainer.device).apply_to(None, models[0], False, True)
-    trainer.place_models()
-    trainer.network.train()
-    trainer.make_parts(total_steps=1000, buckets=buckets)
-    return trainer
 
 
 def variants(settings: Settings, case: Case, folder: Path) -> dict[str, Settings]:
