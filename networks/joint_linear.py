@@ -111,7 +111,7 @@ class JointLinear:
         if self._rank:
             torch.mm(dy_NO, self._storage[: self._out, self._in :], out=dhidden_NR)
             hidden_NR = _room(x_NI)[:, self._in :] if hidden_NR is None else hidden_NR
-            ddown, dup = _product(dhidden_NR.t(), x_NI), _product(dy_NO.t(), hidden_NR)
+            ddown, dup = wide_product(dhidden_NR.t(), x_NI), wide_product(dy_NO.t(), hidden_NR)
             for number, adapter in enumerate(self._adapters):
                 if adapter is not None:
                     ranks = slice(number * self._rank, number * self._rank + adapter.rank)
@@ -132,8 +132,8 @@ def _room(first: Tensor) -> Tensor:
     return first.as_strided((first.shape[0], first.stride(0)), (first.stride(0), 1))
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 at least."""
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for matrices, in float32 at least."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     widens = a.is_cuda and hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
-from networks.lokr import LoKr, add_kronecker_, kronecker_gradients
+from networks.joint_linear import wide_product
+from networks.lokr import GROUPED_SIDE, LoKr, add_kronecker_, kronecker_gradients
+
+
+class _Factors(NamedTuple):
+    """An adapter's w1, times its scale, and w2 in the model's dtype; w1 for several rows side by side, see `lokr`."""
+
+    w1: Tensor
+    w2: Tensor
+    g1: Tensor | None
 
 
 class JointLoKr:
@@ -17,22 +27,44 @@ class JointLoKr:
     def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoKr | None]) -> None:
         self._linears = linears
         self._adapters = adapters
-        self._factors: list[tuple[Tensor, Tensor] | None] = []
+        self._factors = [
+            self._places(adapter) if adapter is not None and adapter.is_whole else None for adapter in adapters
+        ]
+
+    def _places(self, adapter: LoKr) -> _Factors:
+        """Where `copies` brings whole factors."""
+        weight, beside = self._linears[0].weight, max(1, GROUPED_SIDE // max(adapter.w1.shape))
+        sides = (side * beside for side in adapter.w1.shape)
+        return _Factors(
+            weight.new_empty(adapter.w1.shape), weight.new_empty(adapter.w2.shape), weight.new_zeros(*sides)
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for adapter in self._adapters if adapter is not None for parameter in adapter.parameters()]
 
     def copies(self) -> list[tuple[Tensor, Tensor, float]]:
-        return []
+        found = []
+        for adapter, factors in zip(self._adapters, self._factors, strict=True):
+            if factors is not None:
+                rows, columns = factors.w1.shape
+                blocks = (
+                    factors.g1[first * rows : (first + 1) * rows, first * columns : (first + 1) * columns]
+                    for first in range(len(factors.g1) // rows)
+                )
+                found += [(adapter.lokr_w1, place, 1.0) for place in (factors.w1, *blocks)]
+                found.append((adapter.lokr_w2, factors.w2, 1.0))
+        return found
 
     def empty_input(self, count: int) -> Tensor:
         return self._linears[0].weight.new_empty(count, self._linears[0].in_features)
 
     def forward(self, x_NI: Tensor) -> list[Tensor]:
-        dtype, outputs = x_NI.dtype, []
-        self._factors = [None if adapter is None else adapter.scaled_factors(dtype) for adapter in self._adapters]
-        for linear, factors in zip(self._linears, self._factors, strict=True):
+        outputs = []
+        for number, (linear, adapter) in enumerate(zip(self._linears, self._adapters, strict=True)):
+            if adapter is not None and not adapter.is_whole:
+                self._factors[number] = _Factors(*adapter.scaled_factors(x_NI.dtype), None)
             y_NO = x_NI @ linear.weight.t()
+            factors = self._factors[number]
             outputs.append(y_NO if factors is None else add_kronecker_(y_NO, x_NI, *factors))
         return outputs
 
@@ -55,8 +87,15 @@ class JointLoKr:
             if wants_input:
                 dx_NI = dy_NO @ linear.weight if dx_NI is None else dx_NI.addmm_(dy_NO, linear.weight)
             if adapter is not None:
-                _, *dfactors = kronecker_gradients(dy_NO, x_NI, *factors, wants_input, dx_NI)
-                with torch.enable_grad():
-                    made = adapter.scaled_factors(factors[0].dtype)
-                found += torch.autograd.grad(made, list(adapter.parameters()), dfactors)
+                _, *dfactors = kronecker_gradients(
+                    dy_NO, x_NI, factors.w1, factors.w2, wants_input, dx_NI, factors.g1, wide_product
+                )
+                found += dfactors if adapter.is_whole else _through_factors(adapter, dfactors)
         return dx_NI, found
+
+
+def _through_factors(adapter: LoKr, dfactors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of low-rank factors' parameters, from those of the scaled w1 and w2."""
+    with torch.enable_grad():
+        made = adapter.scaled_factors(dfactors[1].dtype)
+    return torch.autograd.grad(made, list(adapter.parameters()), dfactors)

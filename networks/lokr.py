@@ -8,6 +8,7 @@ eighth of a dense product.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,13 +185,15 @@ class KroneckerLinear(torch.autograd.Function):
         return grad_x, grad_output, grad_w1, grad_w2
 
 
-def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, g1: Tensor | None = None) -> Tensor:
     """Adds x (w1 ⊗ w2)ᵀ to base_output, in place; see `KroneckerLinear`. All of one dtype, and in order of memory.
+
+    g1: `grouped(w1, …)`, where it is there already.
 
     The factor that leaves the smaller product goes first. Products with w1 take several rows side by side, see
     `_grouped`. bmm is called by name: matmul of a matrix with a batch copies the batch when that requires a gradient.
     """
-    g1, x_NII = _side_by_side(x, w1, w2)
+    g1, x_NII = _side_by_side(x, w1, w2, g1)
     g1_NOI = g1.expand(len(x_NII), -1, -1)
     if _w1_goes_first(w1, w2):
         inner_NOI = torch.bmm(g1_NOI, x_NII)
@@ -201,10 +204,20 @@ def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Te
 
 
 def kronecker_gradients(
-    grad_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, wants_x: bool, base_grad_x: Tensor | None = None
+    grad_output: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    wants_x: bool,
+    base_grad_x: Tensor | None = None,
+    g1: Tensor | None = None,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of `add_kronecker_`'s x, w1 and w2; x's is added to base_grad_x, in place, where that is given."""
-    g1, x_NII = _side_by_side(x, w1, w2)
+    """Gradients of `add_kronecker_`'s x, w1 and w2; x's is added to base_grad_x, in place, where that is given.
+
+    product: of matrices, for w2's gradient.
+    """
+    g1, x_NII = _side_by_side(x, w1, w2, g1)
     grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
     g1_NOI = g1.expand(len(x_NII), -1, -1)
     grad_x = None
@@ -212,9 +225,10 @@ def kronecker_gradients(
         grad_inner_NOI = F.linear(grad_NOO, w2.t())
         if w2.shape[0] <= w2.shape[1]:
             # Not from the forward pass' inner product: a compiler would keep that, 16 MiB for each of 280 Linears.
-            grad_w2 = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO).flatten(0, 1).t() @ x_NII.flatten(0, 1)
+            inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
+            grad_w2 = product(inner_NIO.flatten(0, 1).t(), x_NII.flatten(0, 1))
         else:
-            grad_w2 = grad_NOO.flatten(0, 1).t() @ torch.bmm(g1_NOI, x_NII).flatten(0, 1)
+            grad_w2 = product(grad_NOO.flatten(0, 1).t(), torch.bmm(g1_NOI, x_NII).flatten(0, 1))
         grad_g1 = torch.bmm(grad_inner_NOI, x_NII.transpose(1, 2))
         if wants_x and base_grad_x is None:
             grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
@@ -223,19 +237,21 @@ def kronecker_gradients(
             grad_x = base_grad_x
     else:
         grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
-        grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
+        grad_w2 = product(grad_inner_NIO.flatten(0, 1).t(), x_NII.flatten(0, 1))
         grad_g1 = torch.bmm(grad_NOO, F.linear(x_NII, w2).transpose(1, 2))
         if wants_x and base_grad_x is None:
             grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
         elif wants_x:
             base_grad_x.view(-1, w2.shape[1]).addmm_(grad_inner_NIO.flatten(0, 1), w2)
             grad_x = base_grad_x
-    return grad_x, _ungrouped(grad_g1.sum(0), w1), grad_w2
+    return grad_x, _ungrouped(grad_g1.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)), w1), grad_w2
 
 
-def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor, g1: Tensor | None) -> tuple[Tensor, Tensor]:
     """w1 for several rows side by side, and x as matrices of as many rows."""
-    g1 = _grouped(w1, x.numel() // (w1.shape[1] * w2.shape[1]))
+    rows = x.numel() // (w1.shape[1] * w2.shape[1])
+    if g1 is None or rows * w1.shape[1] % g1.shape[1]:
+        g1 = _grouped(w1, rows)
     return g1, x.reshape(-1, g1.shape[1], w2.shape[1])
 
 
