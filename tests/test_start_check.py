@@ -113,6 +113,20 @@ def test_a_full_disk_is_told_before_the_run(config, tmp_path, capsys, monkeypatc
     assert f"output_dir: {tmp_path / 'output'} needs about 0.1 MiB" in capsys.readouterr().err
 
 
+def test_what_a_resumed_run_has_saved_already_needs_no_room(config, tmp_path, capsys, monkeypatch):
+    """Four states and adapters, 1.6 MiB in all, of which three are there; a new run of the kind has too little room."""
+    monkeypatch.undo()
+    words = config(max_train_steps=4, save_every_n_steps=1, save_state=True)
+    assert main(words) == 0
+    saved = sum(file.stat().st_size for file in (tmp_path / "output").rglob("*") if file.is_file())
+    for path in ("tiny-state", "tiny.safetensors"):
+        shutil.move(tmp_path / "output" / path, tmp_path / path)
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=int(saved * 0.6)))
+    assert main([*words, "--dry_run", "--output_name", "other"]) == 1
+    assert "its disk has" in capsys.readouterr().err
+    assert main([*words, "--dry_run", "--resume", "latest"]) == 0
+
+
 def test_a_disk_too_small_for_all_latents_is_warned_of(config, tmp_path, capsys, monkeypatch):
     """Pictures of 48x80, 64x64, 80x48 and 96x32, each with its mirror image, at one byte a pixel."""
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2 * 14848 - 1))

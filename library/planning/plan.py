@@ -14,7 +14,7 @@ from torch import nn
 from library.data.cache_size import described_caches
 from library.data.pictures import Picture
 from library.data.settings import DataSettings
-from library.training.machine import check_disk, describe_device, readable_size
+from library.training.machine import describe_device, free_bytes, readable_size
 from library.training.saving import PlannedFiles
 from library.training.snapshot import Sections, digest_of
 
@@ -70,14 +70,13 @@ def compared_by(settings: Sections, model: Sections, pictures: Sequence[Picture]
 def describe_plan(
     plan: RunPlan, output_dir: Path, data: DataSettings, device: torch.device, dtype: torch.dtype, processes: int
 ) -> str:
-    """What the run would be, in some lines. UserError where the disk of output_dir has too little room."""
+    """What the run would be, in some lines."""
     lines = [
         f"device: {describe_device(device)}, {processes} process(es), model in {str(dtype).removeprefix('torch.')}",
         f"length: {plan.total_steps} steps of {plan.epoch_steps} an epoch, from {len(plan.pictures)} pictures",
     ]
     if plan.network is not None:
-        files = plan.files
-        free = check_disk(output_dir, files.total_bytes)
+        files, free = plan.files, free_bytes(output_dir)
         lines.append(
             f"files: {files.adapters} adapters of {readable_size(files.adapter_bytes)}, {files.states} states of "
             f"up to {readable_size(files.state_bytes)}; {readable_size(free)} are free"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from library.training.machine import check_device, check_disk, check_writable, w
 from library.training.optimizers import check_optimizer
 from library.training.preflight import check_preflight
 from library.training.resuming import find_state
-from library.training.rotation import check_nothing_overwritten, clear_killed_saves
+from library.training.rotation import check_nothing_overwritten, clear_killed_saves, saved_files, size_of
 from library.training.run import planned_steps, starting_state
 from library.training.saving import NO_FILES, PlannedFiles, planned_files
 from library.training.schedule_checks import check_length
@@ -56,16 +57,7 @@ class Planner:
         """Raises UserError naming everything that was found wrong, the settings' own problems first."""
         settings, run, saving = self.settings, self.settings.run, self.settings.saving
         problems = Problems(self.known_problems)
-        problems.attempt(check_device, run, self.device)
-        problems.attempt(check_preflight, run, self.processes)
-        problems.attempt(check_writable, saving.output_dir)
-        if self.is_main:
-            clear_killed_saves(saving)
-        resume = problems.attempt(find_state, run, saving, settings.hub)
-        draws_only = settings.schedule.show_lr_schedule is not None or settings.timesteps.show_timesteps is not None
-        if resume is None and not draws_only:
-            problems.attempt(check_nothing_overwritten, saving)
-        problems.attempt(check_trackers, settings.logging)
+        resume = self._state_to_resume(problems)
         planned = plan_network(settings.network, settings.given, self.plan_models, settings.data.caches_text, problems)
         network = planned.network
         rates = self._rates(network, problems)
@@ -79,7 +71,8 @@ class Planner:
         total_steps = planned_steps(run, epoch_steps)
         if network is not None and pictures:
             files = self._files(network, total_steps, epoch_steps)
-            problems.attempt(check_disk, saving.output_dir, files.total_bytes)
+            there = 0 if resume is None else sum(map(size_of, saved_files(saving)))
+            problems.attempt(check_disk, saving.output_dir, files.total_bytes - there)
         problems.raise_found()
         sections = settings_sections(settings, planned.arguments)
         made_of = compared_by(sections, self.model_identity(), pictures, total_steps)
@@ -93,6 +86,21 @@ class Planner:
             planned.module, planned.arguments, network, rates, pictures, measured, epoch_steps, total_steps, files,
             resume, made_of,
         )  # fmt: skip
+
+    def _state_to_resume(self, problems: Problems) -> Path | None:
+        """The state to go on from. What is wrong with it, with the machine or with output_dir goes to `problems`."""
+        settings, saving = self.settings, self.settings.saving
+        problems.attempt(check_device, settings.run, self.device)
+        problems.attempt(check_preflight, settings.run, self.processes)
+        problems.attempt(check_writable, saving.output_dir)
+        if self.is_main:
+            clear_killed_saves(saving)
+        resume = problems.attempt(find_state, settings.run, saving, settings.hub)
+        draws_only = settings.schedule.show_lr_schedule is not None or settings.timesteps.show_timesteps is not None
+        if resume is None and not draws_only:
+            problems.attempt(check_nothing_overwritten, saving)
+        problems.attempt(check_trackers, settings.logging)
+        return resume
 
     def _rates(self, network: Network | None, problems: Problems) -> dict[str, float]:
         """The learning rate of each part. Whether the optimizer can train them goes to `problems`."""

@@ -20,6 +20,14 @@ def saved_files(settings: SavingSettings) -> list[Path]:
     return sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name)) if folder.is_dir() else []
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a state's folder; 0 where it has just been removed."""
+    try:
+        return sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    except FileNotFoundError:
+        return 0
+
+
 def clear_killed_saves(settings: SavingSettings) -> None:
     """Removes the unfinished files of a run with this output_name that was killed."""
     removed = []

@@ -11,7 +11,7 @@ from threading import Thread
 
 from library.errors import UserError
 from library.training.machine import free_bytes, readable_size
-from library.training.rotation import remove_outdated, saved_files
+from library.training.rotation import remove_outdated, saved_files, size_of
 from library.training.saving import SavingSettings
 from library.training.upload import Uploader
 
@@ -97,14 +97,9 @@ class Saver:
         folder = self._settings.output_dir
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             return f"{error.strerror or error} ({folder})"
-        sizes = {path: _size(path) for path in saved_files(self._settings)}
+        sizes = {path: size_of(path) for path in saved_files(self._settings)}
         largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
         listed = ", ".join(f"{path.name} ({readable_size(sizes[path])})" for path in largest)
         return f"the disk of {folder} is full ({readable_size(free_bytes(folder))} free). Free some room there" + (
             f", for instance by moving away the largest saves: {listed}" if listed else ""
         )
-
-
-def _size(path: Path) -> int:
-    files = path.iterdir() if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files)
