@@ -42,7 +42,9 @@ class HubSettings:
         "resume names a state on Hugging Face: owner/name/path/of/the-state, with :revision behind it if need be.",
     )
     async_upload: bool = option(
-        False, "Let the next save begin before the upload of the last one is done. Training never waits for either."
+        False,
+        "Let the next save begin before the upload of the last one is done. Off, training waits only where three saves "
+        "have piled up behind an upload.",
     )
 
 
