@@ -386,8 +386,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         settings, problems = settings_and_problems(words)
         AnimaNetworkTrainer(settings, accelerator, problems).train()
+        accelerator.end_training()  # else the threads of a process group may abort a process at its exit
     except Interrupted as stop:
         logger.info("%s", stop)
+        accelerator.end_training()
         return 130
     except UserError as error:
         if is_first_to_tell(str(error)):

@@ -15,13 +15,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from anima_train_network import AnimaNetworkTrainer
 from library.console import progress_bar, show, show_error, show_log_messages
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="delete cached latents of these folders that are not of these settings: of changed pictures, other sizes",
     )
     own, words = parser.parse_known_args(argv)
-    accelerator = Accelerator(mixed_precision="no")
+    # A process whose share is done waits for the others; by default it would give up after 10 minutes.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
     show_log_messages(accelerator.is_main_process)
     try:
         settings, problems = settings_and_problems(words)
@@ -58,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _cache_pictures(trainer, plan, own.remove_unused)
         if own.epochs > 0:
             _cache_captions(trainer, plan, own.epochs)
+        accelerator.end_training()  # else the threads of a process group may abort a process at its exit
     except UserError as error:
         if accelerator.is_main_process:
             show_error(error)

@@ -36,6 +36,7 @@ on_disk = cache_latents_to_disk(pictures, encode, 2, LatentFiles("vae"), False, 
 sums = {str(key): in_memory[key].sum().item() for key in in_memory}
 same = all(torch.equal(in_memory[key], on_disk[key]) for key in in_memory) and len(in_memory) == len(on_disk)
 (folder / f"{team.rank}.json").write_text(json.dumps([sum(encoded), same, sums]))
+accelerator.end_training()  # else its threads may abort a process that ends first
 """
 
 
