@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.block_ops import Sum
+from library.anima_runtime.block_ops import Sum, contracted
 from networks.joint_linear import wide_product
 from networks.lokr import GROUPED_SIDE, LoKr, add_kronecker_, kronecker_gradients
 
@@ -88,7 +88,7 @@ class JointLoKr:
                 dx_NI = dy_NO @ linear.weight if dx_NI is None else dx_NI.addmm_(dy_NO, linear.weight)
             if adapter is not None:
                 _, *dfactors = kronecker_gradients(
-                    dy_NO, x_NI, factors.w1, factors.w2, wants_input, dx_NI, factors.g1, wide_product
+                    dy_NO, x_NI, factors.w1, factors.w2, wants_input, dx_NI, factors.g1, wide_product, contracted
                 )
                 found += dfactors if adapter.is_whole else _through_factors(adapter, dfactors)
         return dx_NI, found

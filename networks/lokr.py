@@ -212,10 +212,12 @@ def kronecker_gradients(
     base_grad_x: Tensor | None = None,
     g1: Tensor | None = None,
     product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
+    contract: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of `add_kronecker_`'s x, w1 and w2; x's is added to base_grad_x, in place, where that is given.
 
-    product: of matrices, for w2's gradient.
+    product: of matrices, for w2's gradient. contract: Σ over n and j of p[n, o, j] q[n, i, j], for w1's; unset, rows
+    are taken side by side here too.
     """
     g1, x_NII = _side_by_side(x, w1, w2, g1)
     grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
@@ -229,7 +231,7 @@ def kronecker_gradients(
             grad_w2 = product(inner_NIO.flatten(0, 1).t(), x_NII.flatten(0, 1))
         else:
             grad_w2 = product(grad_NOO.flatten(0, 1).t(), torch.bmm(g1_NOI, x_NII).flatten(0, 1))
-        grad_g1 = torch.bmm(grad_inner_NOI, x_NII.transpose(1, 2))
+        pair = grad_inner_NOI, x_NII
         if wants_x and base_grad_x is None:
             grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
         elif wants_x:
@@ -238,13 +240,17 @@ def kronecker_gradients(
     else:
         grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
         grad_w2 = product(grad_inner_NIO.flatten(0, 1).t(), x_NII.flatten(0, 1))
-        grad_g1 = torch.bmm(grad_NOO, F.linear(x_NII, w2).transpose(1, 2))
+        pair = grad_NOO, F.linear(x_NII, w2)
         if wants_x and base_grad_x is None:
             grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
         elif wants_x:
             base_grad_x.view(-1, w2.shape[1]).addmm_(grad_inner_NIO.flatten(0, 1), w2)
             grad_x = base_grad_x
-    return grad_x, _ungrouped(grad_g1.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)), w1), grad_w2
+    if contract is not None:
+        left, right = (each.reshape(-1, side, each.shape[2]) for each, side in zip(pair, w1.shape, strict=True))
+        return grad_x, contract(left, right), grad_w2
+    grad_g1 = torch.bmm(pair[0], pair[1].transpose(1, 2)).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    return grad_x, _ungrouped(grad_g1, w1), grad_w2
 
 
 def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor, g1: Tensor | None) -> tuple[Tensor, Tensor]:
