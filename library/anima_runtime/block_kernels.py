@@ -242,9 +242,16 @@ def _normal(u):
 
 
 @triton.jit
+def _row_and_columns(width, SIZE: tl.constexpr):
+    """Of a program that takes SIZE columns of a row; all are numbered in one, as a grid's other axes end at 65535."""
+    programs = tl.cdiv(width, SIZE)
+    number = tl.program_id(0)
+    return (number // programs).to(tl.int64), number % programs * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
 def _gelu(x, out, width, out_stride, SIZE: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    row, columns = _row_and_columns(width, SIZE)
     u = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
     below, _ = _normal(u)
     tl.store(out + row * out_stride + columns, (u * below).to(out.dtype.element_ty), mask=columns < width)
@@ -252,8 +259,7 @@ def _gelu(x, out, width, out_stride, SIZE: tl.constexpr):
 
 @triton.jit
 def _gelu_backward(dout, x, dx, width, dx_stride, SIZE: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    row, columns = _row_and_columns(width, SIZE)
     d = tl.load(dout + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
     u = tl.load(x + row * width + columns, mask=columns < width, other=0.0).to(tl.float32)
     below, density = _normal(u)
@@ -443,14 +449,14 @@ def _head_grid(count: int, heads: int, launch: dict[str, int]) -> tuple[int, int
 def gelu(x_NE: Tensor, out_NE: Tensor) -> None:
     """See `block_ops.gelu`."""
     count, width = x_NE.shape
-    grid = (triton.cdiv(width, GELU_LAUNCH["SIZE"]), count)
+    grid = (count * triton.cdiv(width, GELU_LAUNCH["SIZE"]),)
     _gelu[grid](x_NE, out_NE, width, out_NE.stride(0), **GELU_LAUNCH)
 
 
 def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     """See `block_ops.gelu_backward`."""
     count, width = x_NE.shape
-    grid = (triton.cdiv(width, GELU_LAUNCH["SIZE"]), count)
+    grid = (count * triton.cdiv(width, GELU_LAUNCH["SIZE"]),)
     _gelu_backward[grid](dout_NE, x_NE, dx_NE, width, dx_NE.stride(0), **GELU_LAUNCH)
 
 

@@ -21,11 +21,20 @@ def draw():
 
 
 @pytest.fixture
-def kernels():
-    """`block_kernels` as a module, on the GPU or in Triton's interpreter."""
+def kernels(monkeypatch):
+    """`block_kernels` as a module, in Triton's interpreter; tests/test_cuda.py runs whole blocks of them on a card.
+
+    Cut up as large inputs are: several programs a row, and several turns a program.
+    """
     pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime import block_kernels
 
+    monkeypatch.setitem(block_kernels.NORM_BACKWARD_LAUNCH, "PROGRAMS", 4)
+    monkeypatch.setitem(block_kernels.SUM_LAUNCH, "ROWS", 4)
+    monkeypatch.setitem(block_kernels.GELU_LAUNCH, "SIZE", 256)
+    monkeypatch.setitem(block_kernels.CONTRACT_LAUNCH, "PROGRAMS", 4)
     return block_kernels
 
 
@@ -132,10 +141,10 @@ def test_head_norm_is_the_plain_formula_with_autograds_gradients(head_case, requ
 @pytest.mark.parametrize(("ops", "dtype", "bound"), [("plain", torch.float64, 1e-12), ("kernels", torch.float32, 1e-6)])
 def test_gelu_is_exact_with_autograds_gradient(draw, request, ops, dtype, bound):
     ops = block_ops if ops == "plain" else request.getfixturevalue("kernels")
-    x, dout = (3 * draw(COUNT, WIDTH)).requires_grad_(), draw(COUNT, WIDTH)
+    x, dout = (3 * draw(COUNT, 600)).requires_grad_(), draw(COUNT, 600)
     expected = F.gelu(x)
     (gradient,) = torch.autograd.grad((expected * dout).sum(), x)
-    out, dx = (apart(torch.empty(COUNT, WIDTH, dtype=dtype)) for _ in range(2))
+    out, dx = (apart(torch.empty(COUNT, 600, dtype=dtype)) for _ in range(2))
     ops.gelu(x.detach().to(dtype), out)
     ops.gelu_backward(dout.to(dtype), x.detach().to(dtype), dx)
     assert close(out, expected, bound) and close(dx, gradient, bound)
@@ -170,3 +179,36 @@ def test_contraction_is_einsum(draw, kernels, o, i):
 def test_contraction_of_many_or_odd_sides_is_left_to_torch(draw, kernels):
     assert not kernels.contracts(draw(3, 32, 256), draw(3, 64, 256))
     assert not kernels.contracts(draw(3, 8, 17), draw(3, 8, 17))
+
+
+class Launches:
+    """Stands in for a kernel and collects the grids that it would be launched with."""
+
+    def __init__(self):
+        self.grids = []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return lambda *arguments, **numbers: None
+
+
+def test_a_hundred_thousand_tokens_fit_the_grids_of_cuda(kernels, monkeypatch):
+    """CUDA's grids end at 65535 along all axes but the first; batch 32 at 1024 x 1024 has 131072 tokens."""
+    launches = Launches()
+    for name in ("_gated_norm", "_gated_norm_backward", "_sum_programs", "_head_norm", "_head_norm_backward", "_gelu",
+                 "_gelu_backward"):  # fmt: skip
+        monkeypatch.setattr(kernels, name, launches)
+    samples, length, width = 32, 4096, 2048
+    x, modulation = torch.empty(samples, length, width, device="meta"), torch.empty(samples, width, device="meta")
+    rows, wide = x.flatten(0, 1), torch.empty(samples * length, 8192, device="meta")
+    gated, changed = Gated(Sum(rows), modulation), Modulation(modulation, modulation)
+    _, normed = kernels.gated_norm(x, gated, changed, rows)
+    partial = torch.empty(samples, kernels.modulation_programs(samples, length), 9, width, device="meta")
+    kernels.gated_norm_backward(x, rows, x, normed, changed, gated, rows, ModulationSums(partial, 0, 2))
+    kernels.sum_programs(partial.flatten(2))
+    kernels.head_norm(rows, modulation[0, :128], None, length)
+    kernels.head_norm_backward(rows, rows, modulation[0, :128], None, length, rows, True)
+    kernels.gelu(wide, wide)
+    kernels.gelu_backward(wide, wide, wide)
+    assert len(launches.grids) == 8
+    assert all(size <= 65535 for grid in launches.grids for size in grid[1:])
