@@ -263,13 +263,13 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, wants_context, wants_modulations = ctx.needs_input_grad[:3]
+        wants_x, wants_context, *wants_each = ctx.needs_input_grad[:5]
         saved, rotary = ctx.activations, ctx.inputs[3]
         if saved is None:
             _, saved = ctx.fused.forward(*ctx.inputs)
         ctx.activations = None
         dx, dmodulations, dcontext, found = ctx.fused.backward(
-            dx_BLD.contiguous(), saved, ctx.inputs[1], rotary, wants_x, wants_modulations, wants_context
+            dx_BLD.contiguous(), saved, ctx.inputs[1], rotary, wants_x, any(wants_each), wants_context
         )
         return dx, dcontext, *dmodulations, None, None, *found
 
@@ -285,7 +285,8 @@ class FusedBlocks:
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
             self._blocks.append(FusedBlock(block, own))
-        self._copies = ManyCopies([copy for fused in self._blocks for joint in fused.joints for copy in joint.copies()])
+        self._alphas: list[float] = []
+        self._copies = ManyCopies(())
         self._norms = [norm for fused in self._blocks for norm in fused.norms if norm.adapter is not None]
         self._joins_modulations = not any(".adaln_modulation_" in path for path in adapters)
         if self._joins_modulations:
@@ -302,13 +303,22 @@ class FusedBlocks:
         """See `Block.forward`."""
         if self._network.multiplier != 1:
             return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
-        self._copies.run()
+        self._take_linears()
         self._take_norms()
         modulations = self._modulations(time_BD, shared_modulation_BK)
         for number, fused in enumerate(self._blocks):
             own = modulations[3 * number : 3 * number + 3]
             x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, fused, *fused.parameters())
         return x_BLD
+
+    def _take_linears(self) -> None:
+        """Brings what the adapters now hold to where products read it, times what their alphas say."""
+        alphas = [adapter.alpha for adapter in self._network.adapters.values()]
+        if alphas != self._alphas:  # at first, and when a state or a file that was loaded brought its own
+            self._alphas = alphas
+            joints = [joint for fused in self._blocks for joint in fused.joints]
+            self._copies = ManyCopies([copy for joint in joints for copy in joint.copies()])
+        self._copies.run()
 
     @torch.no_grad()
     def _take_norms(self) -> None:
@@ -337,14 +347,20 @@ def fuse_obstacle(transformer: AnimaTransformer, network: nn.Module) -> str | No
     if not isinstance(network, AdapterNetwork):
         return "the network is another package's"
     config = transformer.config
-    if config.width % 256 or config.mlp_width % 128 or config.head_size not in (32, 64, 128, 256):
+    # Kernels take whole rows, whose length must be a power of 2, and four heads at a time.
+    fits = config.width.bit_count() == 1 and config.width >= max(256, 4 * config.head_size)
+    if not fits or config.mlp_width % 128 or config.head_size not in (32, 64, 128, 256):
         return "the model's widths do not fit the kernels"
+    kinds = set()
     for path, adapter in network.adapters.items():
         if path.startswith("blocks.") and ".adaln_modulation_" not in path:
             if not isinstance(adapter, LoRA | LoKr | NormDelta):
                 return f"{path} has a {type(adapter).__name__}"
             if adapter.dropouts != NO_DROPOUT or adapter.dora_scale is not None:
                 return "dropout and DoRA are not among what it computes"
+            kinds.add(type(adapter))
+    if {LoRA, LoKr} <= kinds:
+        return "it has both LoRA and LoKr"
     return None
 
 

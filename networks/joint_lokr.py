@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum, contracted
@@ -45,7 +44,7 @@ class JointLoKr:
     def copies(self) -> list[tuple[Tensor, Tensor, float]]:
         found = []
         for adapter, factors in zip(self._adapters, self._factors, strict=True):
-            if factors is not None:
+            if adapter is not None and adapter.is_whole:
                 rows, columns = factors.w1.shape
                 blocks = (
                     factors.g1[first * rows : (first + 1) * rows, first * columns : (first + 1) * columns]
@@ -90,12 +89,20 @@ class JointLoKr:
                 _, *dfactors = kronecker_gradients(
                     dy_NO, x_NI, factors.w1, factors.w2, wants_input, dx_NI, factors.g1, wide_product, contracted
                 )
-                found += dfactors if adapter.is_whole else _through_factors(adapter, dfactors)
+                found += _through_factors(adapter, *dfactors)
         return dx_NI, found
 
 
-def _through_factors(adapter: LoKr, dfactors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of low-rank factors' parameters, from those of the scaled w1 and w2."""
-    with torch.enable_grad():
-        made = adapter.scaled_factors(dfactors[1].dtype)
-    return torch.autograd.grad(made, list(adapter.parameters()), dfactors)
+def _through_factors(adapter: LoKr, dw1: Tensor, dw2: Tensor) -> list[Tensor]:
+    """The gradients of an adapter's parameters, in their order, from those of the scaled w1 and of w2.
+
+    Of a factor a @ b they are dw bᵀ and aᵀ dw. Frozen parameters get theirs too, which autograd leaves unused.
+    """
+    found = []
+    for name, dw in (("lokr_w1", dw1 if adapter.scale == 1 else dw1 * adapter.scale), ("lokr_w2", dw2)):
+        if getattr(adapter, name) is None:
+            a, b = getattr(adapter, f"{name}_a"), getattr(adapter, f"{name}_b")
+            found += [dw @ b.t(), a.t() @ dw]
+        else:
+            found.append(dw)
+    return found

@@ -1,5 +1,7 @@
 """The fused blocks against the transformer's own modules with hooks: the same losses and gradients, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.transformer import AnimaTransformer
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.fused_blocks import FusedBlocks, fuse_blocks, fuse_obstacle
+from networks.network import AdapterNetwork
 from tools.make_tiny_anima import TINY, transformer_shapes
 
 CONFIG = AnimaConfig.from_shapes(transformer_shapes(TINY, 100))
@@ -17,6 +20,10 @@ CASES = {
     "lora without norms": (lora_anima, {"train_norm": "False"}),
     "lora of some modules": (lora_anima, {"target_modules": "blocks.*q_proj", "train_llm_adapter": "False"}),
     "lora of the modulations too": (lora_anima, {"target_modules": "blocks.*q_proj,blocks.*adaln_modulation_mlp.1"}),
+    "lora of a block's last modulation": (
+        lora_anima,
+        {"target_modules": "blocks.*adaln_modulation_mlp.1", "train_norm": "False"},
+    ),
     "lora of several ranks": (lora_anima, {"network_reg_dims": ".*k_proj=9,.*layer1=20"}),
     "lokr, whole": (lokr_anima, WHOLE),
     "lokr, low-rank": (lokr_anima, {"decompose_both": "True", "factor": "4"}),
@@ -96,17 +103,32 @@ def test_two_forward_passes_may_come_before_their_backward_passes(case):
     check_equal(*results)
 
 
-def test_weights_that_have_moved_are_taken_over():
-    model, network = model_and_network(lora_anima, {}, fuses=True)
-    before, _ = loss_and_gradients(model, network)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.01)
-    after, _ = loss_and_gradients(model, network)
-    plain, plain_network = model_and_network(lora_anima, {}, fuses=False)
-    plain_network.load_state_dict(network.state_dict())
-    expected, _ = loss_and_gradients(plain, plain_network)
-    assert after != before and after == pytest.approx(expected, rel=1e-7)
+@pytest.mark.parametrize("case", ["lora", "lokr, low-rank"])
+def test_weights_and_alphas_of_another_state_are_taken_over(case):
+    """A resumed run's come after the blocks were fused, and its steps move the weights."""
+    module, arguments = CASES[case]
+    moved = module.create_network(1.0, 4, 3.0, None, None, AnimaTransformer(CONFIG), **arguments).state_dict()
+    results = []
+    for fuses in (False, True):
+        model, network = model_and_network(module, arguments, fuses)
+        before, _ = loss_and_gradients(model, network)
+        network.zero_grad()
+        network.load_state_dict({name: x + 0.05 if x.ndim else x for name, x in moved.items()})
+        results.append(loss_and_gradients(model, network))
+        assert results[-1][0] != before
+    check_equal(*results)
+
+
+@pytest.mark.parametrize("case", ["lora", "lokr, whole", "lokr, low-rank"])
+def test_frozen_parts_get_no_gradients(case):
+    module, arguments = CASES[case]
+    results = []
+    for fuses in (False, True):
+        model, network = model_and_network(module, {**arguments, "network_reg_lrs": ".*q_proj=0"}, fuses)
+        network.prepare_optimizer_params(None, None, 1e-3)
+        results.append(loss_and_gradients(model, network))
+    check_equal(*results)
+    assert sum(gradient is None for gradient in results[1][1].values()) >= 8
 
 
 def test_without_gradients_it_renders_and_a_disabled_network_changes_nothing():
@@ -132,13 +154,10 @@ def test_the_models_weights_keep_their_names_and_values():
         assert torch.equal(fused.state_dict()[name], tensor), name
 
 
-def real_widths():
-    """A model of the real widths, on the meta device."""
-    shapes = transformer_shapes(TINY, 100)
+def of_widths(width=2048, mlp_width=8192, head_size=128):
+    """A model of the real widths, or others, on the meta device."""
     with torch.device("meta"):
-        from dataclasses import replace
-
-        return AnimaTransformer(replace(AnimaConfig.from_shapes(shapes), width=2048, mlp_width=8192, head_size=128))
+        return AnimaTransformer(replace(CONFIG, width=width, mlp_width=mlp_width, head_size=head_size))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +172,24 @@ def real_widths():
     ],
 )
 def test_what_it_cannot_compute_is_told(module, arguments, neuron_dropout, obstacle):
-    model = real_widths()
+    model = of_widths()
     network = module.create_network(1.0, 4, 4.0, None, None, model, neuron_dropout=neuron_dropout, **arguments)
     found = fuse_obstacle(model, network)
     assert found is None if obstacle is None else obstacle in found
 
 
-def test_other_packages_networks_and_odd_widths_are_refused():
-    model, network = model_and_network(lora_anima, {}, fuses=False)
-    assert "another package" in fuse_obstacle(model, nn.Linear(2, 2))
-    assert "widths" in fuse_obstacle(model, network)
+def test_lora_and_lokr_side_by_side_are_refused():
+    """A file can hold both, for a network made by dim_from_weights."""
+    model = of_widths()
+    lora, lokr = (module.create_network(1.0, 4, 4.0, None, None, model) for module in (lora_anima, lokr_anima))
+    path = "blocks.0.self_attn.k_proj"
+    assert "both" in fuse_obstacle(model, AdapterNetwork({**lora.adapters, path: lokr.adapters[path]}))
+
+
+def test_another_packages_network_is_refused():
+    assert "another package" in fuse_obstacle(of_widths(), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("widths", [{"width": 128, "head_size": 32}, {"width": 768}, {"width": 256}, {"mlp_width": 72}])
+def test_widths_that_the_kernels_cannot_take_are_refused(widths):
+    assert "widths" in fuse_obstacle(of_widths(**widths), AdapterNetwork({}))
