@@ -399,7 +399,7 @@ def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Att
         k, v = (torch.stack([x] * parts, dim=1).flatten(0, 1) for x in (k, v))
     inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
-        return Attended(inputs, function(*inputs).view(samples, length, -1), parts)
+        return Attended(inputs, function(*inputs).reshape(samples, length, -1), parts)
 
 
 def _attend_backward(attended: Attended, dout_NE: Tensor) -> tuple[Tensor, ...]:

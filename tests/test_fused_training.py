@@ -1,0 +1,53 @@
+"""Whole runs with fused blocks, by their plain formulas on the CPU, against runs module by module."""
+
+from __future__ import annotations
+
+import pytest
+from safetensors.torch import load_file
+
+import anima_train_network
+from anima_train_network import main
+from library.training import speed
+
+
+@pytest.fixture
+def fusing(monkeypatch):
+    """fusing(): from then on runs fuse their blocks, whatever the machine and the model's widths."""
+
+    def fuse():
+        monkeypatch.setattr(speed, "fuse_obstacle", lambda *_: None)
+        monkeypatch.setattr(anima_train_network, "fuse_obstacle", lambda *_: None)
+        monkeypatch.setattr(anima_train_network, "kernel_obstacle", lambda *_: None)
+
+    return fuse
+
+
+RUNS = {
+    "accumulation, an average, validation and samples": {
+        "gradient_accumulation_steps": 2, "ema_decay": 0.9, "validation_split": 0.25, "validate_every_n_steps": 2,
+        "sample_every_n_steps": 2, "gradient_checkpointing": True,
+    },
+    "lokr, a frozen part, weights that the optimizer swaps": {
+        "network_module": "networks.lokr_anima", "network_args": ["factor=4", "network_reg_lrs=.*q_proj=0"],
+        "optimizer_type": "AdamWScheduleFree", "validation_split": 0.25, "validate_every_n_steps": 2,
+    },
+    "loraplus, norms limited, a copy to roll back to": {
+        "network_args": ["loraplus_lr_ratio=4", "rs_lora=True"], "scale_weight_norms": 0.01,
+        "on_nonfinite": "rollback", "cache_text_encoder_outputs": True, "train_llm_adapter": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_fused_run_equals_a_plain_one(config, tiny_anima, tmp_path, losses, fusing, capsys, run):
+    settings = {"sample_prompts": tiny_anima / "sample_prompts.txt", **RUNS[run], "max_train_steps": 3}
+    adapters = []
+    for name in ("plain", "fused"):
+        assert main(config(**settings, output_name=name)) == 0
+        assert f"fused_blocks {'on' if name == 'fused' else 'off'}" in " ".join(capsys.readouterr().err.split())
+        adapters.append([load_file(path) for path in sorted((tmp_path / "output").glob(f"{name}*.safetensors"))])
+        fusing()
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-5)
+    for plain, fused in zip(*adapters, strict=True):
+        for name, tensor in plain.items():
+            assert (fused[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
