@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
 from library.anima_runtime.attention_backends import choose_attention
+from library.anima_runtime.block_ops import kernel_obstacle
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
 from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack_contexts
 from library.anima_runtime.devices import to_device
@@ -287,11 +288,12 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def fuse_obstacle(self) -> str | None:
         if self.settings.memory.is_used:
             return "fp8_base and blocks_to_swap change how weights lie in memory"
-        return fuse_obstacle(self.transformer, self.network)
+        return fuse_obstacle(self.transformer, self.network) or kernel_obstacle(self.device)
 
     def fuse_blocks(self) -> None:
         fuse_blocks(self.transformer, self.network)
         self.fuses = True
+        torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
 
     def compile_obstacle(self) -> str | None:
         if self.settings.memory.blocks_to_swap:

@@ -366,7 +366,7 @@ class NetworkTrainer(ABC):
             "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
             reads_each_step=settings.network.scale_weight_norms is not None,
         )  # fmt: skip
-        fuses = chooses_fusing(settings.speed, self.device, self.dtype, self.fuse_obstacle())
+        fuses = chooses_fusing(settings.speed, self.device, self.dtype, self.fuse_obstacle)
         if fuses:
             self.fuse_blocks()
         compiles = chooses_compiling(settings.speed, self.device, total_steps, self.compile_obstacle())

@@ -220,6 +220,16 @@ class ManyCopies:
             torch.mul(source, factor, out=place)
 
 
+def kernel_obstacle(device: torch.device) -> str | None:
+    """Why the kernels do not run there, found by running one; None where they do."""
+    x_NE = torch.zeros(1, 16, dtype=torch.bfloat16, device=device)
+    try:
+        _kernels().gelu(x_NE, torch.empty_like(x_NE))
+    except Exception as error:  # no C compiler, no headers of Python, a card that Triton does not know, and more
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

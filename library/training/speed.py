@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -76,21 +76,23 @@ def chooses_graphs(settings: SpeedSettings, device: torch.device, obstacle: str 
     return obstacle is None
 
 
-def chooses_fusing(settings: SpeedSettings, device: torch.device, dtype: torch.dtype, obstacle: str | None) -> bool:
+def chooses_fusing(
+    settings: SpeedSettings, device: torch.device, dtype: torch.dtype, find_obstacle: Callable[[], str | None]
+) -> bool:
     """Whether the blocks are computed by own kernels: as set, or where that works.
 
-    obstacle: why this run's blocks cannot be, beside what the machine tells.
+    find_obstacle: tells why this run's blocks cannot be; asked where the machine has nothing against it.
     """
     if settings.fused_blocks is False:
         return False
-    obstacle = obstacle or fuse_obstacle(device, dtype)
+    obstacle = fuse_obstacle(device, dtype) or find_obstacle()
     if obstacle is not None and (settings.fused_blocks or device.type == "cuda"):
         logger.warning("fused_blocks: the blocks run module by module, as %s", obstacle)
     return obstacle is None
 
 
 def fuse_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why own kernels do not run here; None where they do."""
+    """Why own kernels do not run here, as far as can be told without trying one; None where they may."""
     if device.type != "cuda":
         return "there is no CUDA device"
     if dtype != torch.bfloat16:

@@ -1,6 +1,7 @@
 """The passes between a block's products against autograd of the plain formulas, and the kernels against them."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -179,6 +180,14 @@ def test_contraction_is_einsum(draw, kernels, o, i):
 def test_contraction_of_many_or_odd_sides_is_left_to_torch(draw, kernels):
     assert not kernels.contracts(draw(3, 32, 256), draw(3, 64, 256))
     assert not kernels.contracts(draw(3, 8, 17), draw(3, 8, 17))
+
+
+def test_kernels_are_tried_before_a_run_relies_on_them(kernels, monkeypatch):
+    """A machine may have Triton but no C compiler, which it needs."""
+    cpu = torch.device("cpu")
+    assert block_ops.kernel_obstacle(cpu) is None
+    monkeypatch.setattr(kernels, "gelu", Mock(side_effect=RuntimeError("Failed to find C compiler")))
+    assert block_ops.kernel_obstacle(cpu) == "RuntimeError: Failed to find C compiler"
 
 
 class Launches:

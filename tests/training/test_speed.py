@@ -11,6 +11,7 @@ from library.training.speed import (
     STEPS_WORTH_COMPILING,
     SpeedSettings,
     chooses_compiling,
+    chooses_fusing,
     chooses_graphs,
     compile_modules,
 )
@@ -71,6 +72,31 @@ def test_a_cpu_neither_compiles_nor_records_and_says_so_only_when_asked_to(caplo
 def test_steps_are_recorded_on_cuda_unless_something_forbids_it(caplog, wish, obstacle, expected):
     assert chooses_graphs(SpeedSettings(cuda_graphs=wish), CUDA, obstacle) is expected
     assert ("fp16" in caplog.text) == (wish is True and obstacle is not None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "machine", "run", "expected"),
+    [
+        (None, None, None, True),
+        (True, None, None, True),
+        (False, None, None, False),
+        (None, "Triton is not installed", "it has dropout", False),
+        (True, None, "it has dropout", False),
+    ],
+)
+def test_blocks_are_fused_unless_the_machine_or_else_the_run_forbids_it(
+    monkeypatch, caplog, wish, machine, run, expected
+):
+    monkeypatch.setattr("library.training.speed.fuse_obstacle", lambda device, dtype: machine)
+    assert chooses_fusing(SpeedSettings(fused_blocks=wish), CUDA, torch.bfloat16, lambda: run) is expected
+    assert [record.args[0] for record in caplog.records] == ([] if (machine or run) is None else [machine or run])
+
+
+def test_a_cpu_says_that_it_does_not_fuse_only_when_asked_to(caplog):
+    assert not chooses_fusing(SpeedSettings(), CPU, torch.bfloat16, lambda: None)
+    assert not caplog.text
+    assert not chooses_fusing(SpeedSettings(fused_blocks=True), CPU, torch.bfloat16, lambda: None)
+    assert "there is no CUDA device" in caplog.text
 
 
 @pytest.mark.parametrize(("shapes_vary", "forms"), [(False, 3), (True, 1)])
