@@ -160,8 +160,17 @@ def _damaged(folder: Path, reason: object) -> ModelFileError:
 
 def _torch_bytes(content: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(_alone(content), buffer)
     return buffer.getvalue()
+
+
+def _alone(content: Any) -> Any:
+    """The same with tensors that share no memory: torch.save writes all that a tensor's memory holds."""
+    if isinstance(content, torch.Tensor):
+        return content.clone()
+    if isinstance(content, dict):
+        return {key: _alone(item) for key, item in content.items()}
+    return type(content)(map(_alone, content)) if isinstance(content, list | tuple) else content
 
 
 def _json_bytes(content: Any) -> bytes:

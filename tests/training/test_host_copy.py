@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from library.training.host_copy import bytes_of, copy_to_host, reserve_host_memory
+from library.training.host_copy import _pieces, bytes_of, copy_to_host, reserve_host_memory
 
 
 def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
@@ -30,3 +30,11 @@ def test_nothing_is_pinned_without_a_gpu():
 
 def test_bytes_are_counted_wherever_tensors_stand():
     assert bytes_of({"a": [torch.ones(3), (torch.ones(2, dtype=torch.bfloat16), "text")], "b": 7}) == 16
+
+
+def test_pieces_hold_tensors_of_one_type_and_no_more_than_fits(monkeypatch):
+    monkeypatch.setattr("library.training.host_copy._PIECE_BYTES", 40)
+    forms = [(4, torch.float32), (4, torch.float32), (4, torch.float32), (3, torch.int64), (99, torch.int64)]
+    tensors = [torch.ones(size, dtype=dtype) for size, dtype in forms]
+    assert [len(piece) for piece in _pieces(tensors)] == [2, 1, 1, 1]
+    assert [tensor for piece in _pieces(tensors) for tensor in piece] == tensors
