@@ -296,6 +296,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
 
     def compile_obstacle(self) -> str | None:
+        if self.fuses and self.has_frozen_context():  # trying the compiler takes seconds, for nothing then
+            return "own kernels compute them (fused_blocks)"
         if self.settings.memory.blocks_to_swap:
             return "blocks_to_swap moves the weights"
         is_cuda = self.device.type == "cuda"

@@ -40,8 +40,9 @@ class JointLinear:
         ranks = self._rank * len(linears)
         weight = linears[0].weight
         self._storage = weight.new_zeros(self._out + ranks, self._in + ranks)
-        # Once more, in the order in which kernels that add late read it.
-        self._up_t = weight.new_zeros(self._rank, self._out)
+        # Once more, in the order in which kernels that add late read it; None where nothing can be left to them.
+        adds_late = len(linears) == 1 and 0 < self._rank <= _MOST_LATE_RANK
+        self._up_t = weight.new_zeros(self._rank, self._out) if adds_late else None
         for linear, start in zip(linears, self._starts, strict=True):
             place = self._storage[start : start + linear.out_features, : self._in]
             place.copy_(linear.weight.detach())
@@ -58,12 +59,9 @@ class JointLinear:
         for number, adapter in enumerate(self._adapters):
             if adapter is not None:
                 down, up = (place.narrow(dim, 0, adapter.rank) for dim, place in enumerate(self._places(number)))
-                up_t = self._up_t[: adapter.rank].narrow(1, self._starts[number], self._widths[number])
-                found += [
-                    (adapter.lora_down.weight, down, 1.0),
-                    (adapter.lora_up.weight, up, adapter.scale),
-                    (adapter.lora_up.weight, up_t.t(), adapter.scale),
-                ]
+                found += [(adapter.lora_down.weight, down, 1.0), (adapter.lora_up.weight, up, adapter.scale)]
+                if self._up_t is not None:
+                    found.append((adapter.lora_up.weight, self._up_t[: adapter.rank].t(), adapter.scale))
         return found
 
     def empty_input(self, count: int) -> Tensor:
@@ -87,7 +85,7 @@ class JointLinear:
 
     def forward_late(self, x_NI: Tensor) -> tuple[Sum, Tensor | None]:
         """The only Linear's output, of any x, and h."""
-        if not 0 < self._rank <= _MOST_LATE_RANK:
+        if self._up_t is None:
             (y_NO,), hidden_NR = self.forward_any(x_NI)
             return Sum(y_NO), hidden_NR
         y = x_NI @ self._storage[:, : self._in].t()

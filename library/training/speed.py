@@ -49,20 +49,19 @@ class SpeedSettings:
 def chooses_compiling(
     settings: SpeedSettings, device: torch.device, total_steps: int, obstacle: str | None = None
 ) -> bool:
-    """Whether the blocks are compiled: as set, or where it pays; where it cannot work, not, and it is said why.
+    """Whether the blocks are compiled: as set, or where it pays; where it cannot work, not.
 
-    obstacle: why this run's blocks cannot be, beside what is found by trying.
+    obstacle: why this run's blocks cannot be, which is told only where compiling was asked for; why the machine cannot
+    is found by trying, and told on every CUDA card.
     """
     if settings.torch_compile is False:
         return False
     if settings.torch_compile is None and total_steps < STEPS_WORTH_COMPILING:
         return False
-    obstacle = obstacle or compile_obstacle(device)
-    if obstacle is None:
-        return True
-    if settings.torch_compile or device.type == "cuda":
-        logger.warning("torch_compile: the blocks run uncompiled, as %s", obstacle)
-    return False
+    reason = obstacle or compile_obstacle(device)
+    if reason is not None and (settings.torch_compile or (obstacle is None and device.type == "cuda")):
+        logger.warning("torch_compile: the blocks run uncompiled, as %s", reason)
+    return reason is None
 
 
 def chooses_graphs(settings: SpeedSettings, device: torch.device, obstacle: str | None) -> bool:

@@ -55,6 +55,13 @@ def test_compiling_is_as_set_or_where_it_pays(compiler, caplog, wish, steps, obs
     assert ("Triton is missing" in caplog.text) == (obstacle is not None)
 
 
+@pytest.mark.parametrize("wish", [None, True])
+def test_what_a_run_forbids_itself_is_told_where_compiling_was_asked_for(compiler, caplog, wish):
+    compiler(None)
+    assert not chooses_compiling(SpeedSettings(torch_compile=wish), CUDA, 10_000, "weights are swapped")
+    assert ("weights are swapped" in caplog.text) == (wish is True)
+
+
 def test_a_cpu_neither_compiles_nor_records_and_says_so_only_when_asked_to(caplog):
     caplog.set_level(logging.WARNING)
     assert not chooses_compiling(SpeedSettings(), CPU, 10_000)
