@@ -103,6 +103,24 @@ def test_two_forward_passes_may_come_before_their_backward_passes(case):
     check_equal(*results)
 
 
+@pytest.mark.parametrize("case", ["lora", "lokr, whole", "lokr, low-rank"])
+def test_a_bf16_model_gets_float32_gradients_as_good_as_the_modules(case):
+    _, exact = loss_and_gradients(*model_and_network(*CASES[case], fuses=False))
+    exact = {name: gradient for name, gradient in exact.items() if gradient is not None and name != "context"}
+    errors = []
+    for fuses in (False, True):
+        model, network = model_and_network(*CASES[case], fuses=False)
+        model.bfloat16()
+        network.float()
+        if fuses:
+            fuse_blocks(model, network)
+        _, gradients = loss_and_gradients(model, network)
+        assert {gradients[name].dtype for name in exact} == {torch.float32}
+        errors.append([(gradients[name] - gradient).norm() / gradient.norm() for name, gradient in exact.items()])
+    plain, fused = (torch.stack(each).mean() for each in errors)
+    assert fused < 1.1 * plain < 0.03
+
+
 @pytest.mark.parametrize("case", ["lora", "lokr, low-rank"])
 def test_weights_and_alphas_of_another_state_are_taken_over(case):
     """A resumed run's come after the blocks were fused, and its steps move the weights."""
