@@ -103,6 +103,7 @@ class NetworkTrainer(ABC):
         self.saver = Saver(settings.saving, Uploader(settings.hub) if settings.hub.huggingface_repo_id else None)
         self.state = RunState()
         self.records = StepRecords(gather_lists)
+        self.started_look: tuple[int, dict[str, float]] | None = None  # its step, and the rates then
         self.validation: Validation | None = None
 
     # --- hooks: what the model is ---
@@ -247,25 +248,26 @@ class NetworkTrainer(ABC):
                     with explaining_lack_of_memory(window.batches):
                         meter.add(self.step(window.batches, window.sample_count))
                     epoch_ended = self.state.advance(epoch_steps)
+                    self.finish_look()  # at the step before, while the GPU works on this one
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
                     tracker.advance(step)
                     saves = finished or is_due(saving.save_every_n_steps, step)
-                    if is_due(settings.logging.log_every_n_steps, step) or step == 1 or epoch_ended or saves:
-                        records = self.records.read(step)
-                        found = self.monitor.look(records)
-                        tracker.log({**meter.read(step), **self.rates(), **found.values}, step)
-                        tracker.look(records, found.alerts, step)
-                        self.guard.check(records, self.state)
-                        self.monitor.report(found, gather_lists)
+                    measures = finished or validates(settings.validation, step, epoch, epoch_ended)
+                    renders = is_due(settings.sampling.sample_every_n_steps, step)
+                    pauses = epoch_ended or saves or measures or renders
+                    if is_due(settings.logging.log_every_n_steps, step) or step == 1 or pauses:
+                        self.start_look()
+                    if pauses or self.looks_at_once:
+                        self.finish_look()
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
-                    if finished or validates(settings.validation, step, epoch, epoch_ended):
+                    if measures:
                         self.validate()
                     if saves and not finished:
                         self.save(step_name(saving.output_name, step), with_state=saving.save_state)
                     if not finished and epoch_ended and is_due(epochs_between_saves, epoch):
                         self.save(epoch_name(saving.output_name, epoch), with_state=saving.save_state)
-                    if is_due(settings.sampling.sample_every_n_steps, step):
+                    if renders:
                         self.sample(f"{step:06d}")
                     if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
                         self.sample(f"e{epoch:06d}")
@@ -275,6 +277,7 @@ class NetworkTrainer(ABC):
                     stopping = vote.cast(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:
                         break
+            self.finish_look()
             logger.info("%s", meter.summary())
             if self.state.step < total_steps:
                 self.save_interrupted()
@@ -438,6 +441,30 @@ class NetworkTrainer(ABC):
             for inputs, losses_B in zip(prepared, losses, strict=True):
                 self.records.add(batch.paths, inputs.rows_B, inputs.timesteps_B, losses_B.detach())
         return total.detach()
+
+    @property
+    def looks_at_once(self) -> bool:
+        """Whether what log points find may end the run or put it back, so that no further step should be taken."""
+        raises = self.settings.monitor.anima_monitor_alert_policy == "raise"
+        return raises or self.settings.guard.on_nonfinite in ("raise", "rollback")
+
+    def start_look(self) -> None:
+        """At a log point: what the steps gave goes to main memory; `finish_look` reads it."""
+        self.records.start(self.state.step, self.monitor.weights_norm())
+        self.started_look = self.state.step, self.rates()
+
+    def finish_look(self) -> None:
+        """Draws and judges what was started, if anything was. UserError where that should end the run."""
+        if self.started_look is None:
+            return
+        (step, rates), self.started_look = self.started_look, None
+        records, weights_norm = self.records.finish()
+        found = self.monitor.look(records, weights_norm)
+        losses = self.meter.read(step, [record.loss for record in records])
+        self.tracker.log({**losses, **rates, **found.values}, step)
+        self.tracker.look(records, found.alerts, step)
+        self.guard.check(records, self.state)
+        self.monitor.report(found, gather_lists)
 
     def rates(self) -> dict[str, float]:
         """The learning rates that act, by curve."""

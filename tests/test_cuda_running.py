@@ -23,7 +23,7 @@ from library.training.host_copy import copy_to_host, reserve_host_memory
 from library.training.processes import StopVote
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
-from tests.training_runs import TrainingRun, tensor_bytes
+from tests.training_runs import TrainingRun, read_records, tensor_bytes
 from tools.benchmark_cases import EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer
 from tools.benchmark_running import main as benchmark_running
 from tools.make_tiny_anima import REAL, transformer_shapes
@@ -96,7 +96,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_does_not_wait(real_width_co
     assert same(moved, weights(trainer))
     assert all(same(*pair) for pair in zip(state, optimizer_state(trainer), strict=True))
     assert same(average, trainer.ema.state_dict()["average"])
-    records = trainer.records.read(trainer.state.step)
+    records = read_records(trainer, trainer.state.step)
     assert [record.is_finite for record in records] == [True] * 4 + [False]
     trainer.guard.check(records, trainer.state)
     assert (trainer.state.skipped_steps, trainer.state.skipped_in_a_row) == (1, 1)
@@ -132,7 +132,7 @@ def test_rollback_puts_back_weights_that_recorded_steps_go_on_with(real_width_co
     good = weights(trainer)
     train(trainer, *batches[:3], harmed(batches[3]))
     assert not same(good, weights(trainer))
-    trainer.guard.check(trainer.records.read(4), trainer.state)
+    trainer.guard.check(read_records(trainer, 4), trainer.state)
     assert same(good, weights(trainer))
     assert (trainer.state.rollbacks, trainer.state.rate_factor) == (1, RATE_FACTOR)
     losses = train(trainer, *batches[2:4])

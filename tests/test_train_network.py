@@ -15,6 +15,7 @@ from library.training.guard import Guard
 from library.training.optimizers import OptimizerSettings
 from library.training.states import Resumable
 from library.training.step_records import SampleLoss, StepRecord
+from tests.training_runs import read_records
 from train_network import NetworkTrainer
 
 
@@ -138,7 +139,7 @@ def test_the_losses_of_samples_go_with_their_pictures():
     trainer = ToyTrainer(make_settings())
     trainer.moved(make_batch([1.0]))  # the weight is now -1
     trainer.step([make_batch([2.0, 3.0]), make_batch([7.0]), make_batch([9.0], counted=False)], 3)
-    _, second = trainer.records.read(2)
+    _, second = read_records(trainer, 2)
     expected = tuple(SampleLoss(Path(f"{number}"), 0.5, -number) for number in (3.0, 2.0, 7.0))
     assert second == StepRecord(2, -4.0, 4.0, expected)
 
@@ -148,7 +149,7 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does():
     assert trainer.moved(make_batch([float("nan"), 1.0])) == 0
     assert trainer.moved(make_batch([float("inf")])) == 0
     assert trainer.moved(make_batch([2.0])) == 2
-    assert [record.is_finite for record in trainer.records.read(3)] == [False, False, True]
+    assert [record.is_finite for record in read_records(trainer, 3)] == [False, False, True]
 
 
 def test_gradients_are_clipped_over_the_whole_step():

@@ -24,6 +24,12 @@ _CONTEXT.set_forkserver_preload([__name__])
 _PATIENCE = 240
 
 
+def read_records(trainer, step: int) -> list:
+    """What the trainer's steps up to `step` gave, as a log point reads it."""
+    trainer.records.start(step, torch.zeros(()))
+    return trainer.records.finish()[0]
+
+
 class TrainingRun:
     """A started run: `words` as on its command line, its output in the file `log`, to which runs append.
 

@@ -62,9 +62,12 @@ class NoRecords:
     def close_step(self, loss: Tensor, gradient_norm: Tensor) -> None:
         """Does nothing."""
 
-    def read(self, step: int) -> list[StepRecord]:
+    def start(self, step: int, extra: Tensor) -> None:
+        """Does nothing."""
+
+    def finish(self) -> tuple[list[StepRecord], float]:
         """Nothing was kept."""
-        return []
+        return [], 0.0
 
 
 class LoopTrainer(BenchmarkTrainer):

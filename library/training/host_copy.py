@@ -47,6 +47,23 @@ def reserve_host_memory(tensors: Iterable[Tensor], copies: int) -> Thread | None
     return thread
 
 
+class HostCopy:
+    """A copy of one tensor that is on its way to main memory; the device goes on meanwhile."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        (self._copy,) = _copies_of([tensor.detach()])
+        self._arrived = None
+        if tensor.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def wait(self) -> Tensor:
+        """The copy, once it has come."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy
+
+
 def bytes_of(value: Any) -> int:
     """Of all tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Meter:
     def __init__(self, step: int, device: torch.device) -> None:
         self._device = device
         self._pending: list[Tensor] = []
+        self._taken_early = 0  # losses that a state took before their log point was read
         self._epoch_sum = 0.0
         self._epoch_steps = 0
         self._current = 0.0
@@ -29,13 +30,17 @@ class Meter:
         """Takes in the mean loss of one step, without reading it."""
         self._pending.append(loss)
 
-    def read(self, step: int) -> dict[str, float]:
-        """The curves' values at a log point after `step` steps; waits for the device.
+    def read(self, step: int, losses: Sequence[float]) -> dict[str, float]:
+        """The curves' values at a log point after `step` steps.
 
+        losses: those of the steps since the last log point, the first of what was added and not read yet.
         loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
         A loss that is not finite, whose step is left out, goes into no average.
         """
-        self._take_in_pending()
+        known = min(self._taken_early, len(losses))
+        self._taken_early -= known
+        del self._pending[: len(losses) - known]
+        self._take_in(losses[known:])
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now
@@ -49,7 +54,10 @@ class Meter:
 
     def averages(self) -> dict[str, float]:
         """What a state keeps of the losses so far, for `restore`; waits for the device."""
-        self._take_in_pending()
+        if self._pending:
+            self._take_in(torch.stack(self._pending).tolist())
+            self._taken_early += len(self._pending)
+            self._pending.clear()
         return {
             "average": self._average,
             "losses_read": self._losses_read,
@@ -64,10 +72,8 @@ class Meter:
         self._epoch_sum = averages.get("epoch_sum", 0.0)
         self._epoch_steps = int(averages.get("epoch_steps", 0))
 
-    def _take_in_pending(self) -> None:
-        if not self._pending:
-            return
-        for loss in torch.stack(self._pending).tolist():
+    def _take_in(self, losses: Sequence[float]) -> None:
+        for loss in losses:
             self._current = loss
             if not math.isfinite(loss):
                 continue
@@ -75,7 +81,6 @@ class Meter:
             self._average += (loss - self._average) / min(self._losses_read, 50)
             self._epoch_sum += loss
             self._epoch_steps += 1
-        self._pending.clear()
 
     def summary(self) -> str:
         """One line for the end of a run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +63,11 @@ class Monitor:
         self._spikes = LossSpikes(ratio) if ratio is not None else None
         self._was_near_limit = False
 
-    def look(self, records: Sequence[StepRecord]) -> Findings:
+    def weights_norm(self) -> Tensor:
+        """The Euclidean norm of all of the network's numbers together, on the device."""
+        return nn.utils.get_total_norm([parameter.detach() for parameter in self._network.parameters()])
+
+    def look(self, records: Sequence[StepRecord], weights_norm: float) -> Findings:
         """Curves and alerts at a log point. That memory is nearly full is told once, until it no longer is."""
         memory = self._memory() if self._settings.anima_monitor_memory else {}
         spikes = [spike for record in records if self._spikes and (spike := self._spikes.spike(record))]
@@ -82,7 +86,7 @@ class Monitor:
             "alert/memory_near_limit": is_near_limit,
         }
         flags["alert/any"] = any(flags.values())
-        norms = {"norm/weights": total_norm(self._network.parameters())}
+        norms = {"norm/weights": weights_norm}
         if records:
             norms["norm/gradient"] = records[-1].gradient_norm
         return Findings({**memory, **norms, **{name: float(flag) for name, flag in flags.items()}}, tuple(alerts))
@@ -132,8 +136,3 @@ def described(spike: LossSpike) -> str:
         f"step {spike.step}: the loss is {spike.loss:.3g}, where {spike.expected:.3g} is usual at these timesteps; "
         f"pictures, worst first: {pictures}"
     )
-
-
-def total_norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all numbers together; waits for the device."""
-    return nn.utils.get_total_norm([tensor.detach() for tensor in tensors]).item()

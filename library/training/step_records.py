@@ -1,6 +1,7 @@
 """What each step gave: its loss, its gradients' norm, and the loss of every sample.
 
-All of it stays on the device until a log point reads it in one copy, so that no step waits for the GPU.
+All of it stays on the device until a log point copies it to main memory in one go, where it is read when it has come:
+no step waits for the GPU, nor need the GPU wait for whoever reads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from library.training.host_copy import HostCopy
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class StepRecord:
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
 
+@dataclass(frozen=True)
+class _Coming:
+    """Numbers on their way to main memory, and how to cut them up again."""
+
+    step: int
+    paths: list[list[Sequence[Path]]]
+    sizes: list[int]
+    host: HostCopy
+
+
 class StepRecords:
     """Collects steps between two log points.
 
@@ -49,6 +62,7 @@ class StepRecords:
         self._gather = gather
         self._paths: list[list[Sequence[Path]]] = [[]]  # of each step, the last of which is running: of each addition
         self._numbers: list[Tensor] = []  # of each addition [3 B], of each closed step [2]
+        self._coming: _Coming | None = None
 
     def add(self, paths: Sequence[Path], rows_B: Tensor, timesteps_B: Tensor, losses_B: Tensor) -> None:
         """Takes in samples of the running step. paths: of a batch. rows_B: the samples' places in it."""
@@ -60,23 +74,32 @@ class StepRecords:
         self._paths.append([])
         self._numbers.append(torch.stack([loss.float(), gradient_norm.float()]))
 
-    def read(self, step: int) -> list[StepRecord]:
-        """The steps closed since the last call, of which `step` is the last; waits for the device."""
-        closed = self._paths[:-1]
-        if not closed:
-            return []
-        numbers = iter(torch.split(torch.cat(self._numbers).cpu(), [len(each) for each in self._numbers]))
-        samples, outcomes = [], []
-        for additions in closed:
-            samples.append([sample for paths in additions for sample in _samples(paths, next(numbers))])
-            outcomes.append(next(numbers).tolist())
-        self._paths, self._numbers = [[]], []
-        first = step - len(closed) + 1
+    def start(self, step: int, extra: Tensor) -> None:
+        """Sends the steps closed since the last call, of which `step` is the last, on their way to `finish`.
+
+        extra: a scalar on the device, which comes along. What was started before must be finished.
+        """
+        closed, numbers = self._paths[:-1], [extra.detach().float().reshape(1)]
+        if closed:
+            numbers += self._numbers
+            self._paths, self._numbers = [[]], []
+        self._coming = _Coming(step, closed, [len(each) for each in numbers], HostCopy(torch.cat(numbers)))
+
+    def finish(self) -> tuple[list[StepRecord], float]:
+        """What was started, and the extra number; waits until both have come, not for later steps."""
+        coming, self._coming = self._coming, None
+        extra, *numbers = torch.split(coming.host.wait(), coming.sizes)
+        rest, samples, outcomes = iter(numbers), [], []
+        for additions in coming.paths:
+            samples.append([sample for paths in additions for sample in _samples(paths, next(rest))])
+            outcomes.append(next(rest).tolist())
+        first = coming.step - len(coming.paths) + 1
         of_all = zip(*self._gather([samples]), strict=True)
-        return [
+        records = [
             StepRecord(first + index, *outcome, tuple(sample for own in of_processes for sample in own))
             for index, (outcome, of_processes) in enumerate(zip(outcomes, of_all, strict=True))
         ]
+        return records, extra.item()
 
 
 def _samples(paths: Sequence[Path], numbers: Tensor) -> list[SampleLoss]:

@@ -40,8 +40,12 @@ def gpu(monkeypatch):
     return look
 
 
+def test_the_weights_norm_is_of_all_together():
+    assert Monitor(MonitorSettings(), network(), CPU).weights_norm().item() == 4.0
+
+
 def test_a_healthy_run_has_norms_and_no_alerts():
-    findings = Monitor(MonitorSettings(), network(), CPU).look(records(1.0, 1.0))
+    findings = Monitor(MonitorSettings(), network(), CPU).look(records(1.0, 1.0), 4.0)
     assert findings.values == {
         "norm/weights": 4.0,
         "norm/gradient": 0.25,
@@ -54,7 +58,7 @@ def test_a_healthy_run_has_norms_and_no_alerts():
 
 
 def test_a_loss_that_is_no_number_is_on_the_curve_and_told_by_the_guard():
-    findings = Monitor(MonitorSettings(), network(), CPU).look(records(1.0, float("nan")))
+    findings = Monitor(MonitorSettings(), network(), CPU).look(records(1.0, float("nan")), 4.0)
     assert (findings.values["alert/nonfinite_loss"], findings.values["alert/any"]) == (1.0, 1.0)
     assert findings.alerts == ()
 
@@ -62,7 +66,7 @@ def test_a_loss_that_is_no_number_is_on_the_curve_and_told_by_the_guard():
 def test_a_spike_is_told_with_its_pictures_and_ends_the_run_where_asked(caplog):
     for policy in ("warn", "raise"):
         monitor = Monitor(MonitorSettings(anima_monitor_alert_policy=policy), network(), CPU)
-        findings = monitor.look(records(*[1.0] * 25, 8.0))
+        findings = monitor.look(records(*[1.0] * 25, 8.0), 4.0)
         assert (findings.values["alert/loss_spike"], findings.values["alert/any"]) == (1.0, 1.0)
         message = "step 26: the loss is 8, where 1 is usual at these timesteps; pictures, worst first: a.png"
         if policy == "warn":
@@ -75,12 +79,12 @@ def test_a_spike_is_told_with_its_pictures_and_ends_the_run_where_asked(caplog):
 
 def test_spikes_can_be_left_alone():
     monitor = Monitor(MonitorSettings(anima_monitor_loss_spike_ratio=None), network(), CPU)
-    assert monitor.look(records(*[1.0] * 25, 8.0)).alerts == ()
+    assert monitor.look(records(*[1.0] * 25, 8.0), 4.0).alerts == ()
 
 
 def test_memory_is_what_this_run_needed_at_most_and_what_others_hold(gpu):
     """100 MiB of others: 1000 - 800 free - 100 reserved here."""
-    values = Monitor(MonitorSettings(), network(), gpu(peak=80, free=800)).look([]).values
+    values = Monitor(MonitorSettings(), network(), gpu(peak=80, free=800)).look([], 4.0).values
     assert {name: value for name, value in values.items() if name.startswith("gpu/")} == {
         "gpu/mem_allocated_mb": 50.0,
         "gpu/mem_reserved_mb": 100.0,
@@ -91,24 +95,24 @@ def test_memory_is_what_this_run_needed_at_most_and_what_others_hold(gpu):
 
 def test_memory_near_its_limit_is_told_once_until_it_no_longer_is(gpu):
     monitor = Monitor(MonitorSettings(), network(), gpu(peak=80, free=20))
-    (alert,) = monitor.look([]).alerts
+    (alert,) = monitor.look([], 4.0).alerts
     assert "96% of the GPU's memory is in use" in alert
-    again = monitor.look([])
+    again = monitor.look([], 4.0)
     assert (again.alerts, again.values["alert/memory_near_limit"]) == ((), 1.0)
     gpu(peak=80, free=100)
-    assert monitor.look([]).values["alert/memory_near_limit"] == 0.0
+    assert monitor.look([], 4.0).values["alert/memory_near_limit"] == 0.0
     gpu(peak=80, free=20)
-    assert len(monitor.look([]).alerts) == 1
+    assert len(monitor.look([], 4.0).alerts) == 1
 
 
 def test_memory_is_left_alone_where_asked(gpu):
-    values = Monitor(MonitorSettings(anima_monitor_memory=False), network(), gpu(80, 0)).look([]).values
+    values = Monitor(MonitorSettings(anima_monitor_memory=False), network(), gpu(80, 0)).look([], 4.0).values
     assert not [name for name in values if name.startswith("gpu/")]
     assert values["alert/memory_near_limit"] == 0.0
 
 
 def test_what_is_usual_outlives_a_resume():
     first, second = (Monitor(MonitorSettings(), network(), CPU) for _ in range(2))
-    first.look(records(*[1.0] * 25))
+    first.look(records(*[1.0] * 25), 4.0)
     second.load_state_dict(first.state_dict())
-    assert second.look(records(8.0)).values["alert/loss_spike"] == 1.0
+    assert second.look(records(8.0), 4.0).values["alert/loss_spike"] == 1.0
