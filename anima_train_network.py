@@ -51,10 +51,10 @@ from library.planning.plan import RunPlan
 from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
+from library.training.choices import attention_choice, attention_wanted, choose_checkpointing
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
 from library.training.processes import is_first_to_tell
-from library.training.run import chooses_checkpointing
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
@@ -120,14 +120,22 @@ class AnimaNetworkTrainer(NetworkTrainer):
         if self.config is None or qwen is None:
             return None
         problems.attempt(check_swap, self.settings.memory, self.config.depth)
-        self.attention = choose_attention(model.attention_backend, self.config.head_size, self.dtype, self.device)
         with torch.device("meta"):
             return AnimaTransformer(self.config), qwen
 
-    @property
-    def checkpoints(self) -> bool:
-        """Whether activations are computed again in the backward pass; blocks are swapped for that."""
-        return self.settings.memory.blocks_to_swap > 0 or chooses_checkpointing(self.settings.run, self.device)
+    def plan_run(self) -> RunPlan:
+        plan = super().plan_run()
+        self.choose_for_model()
+        return plan
+
+    def choose_for_model(self) -> None:
+        """Chooses how the model computes attention, and whether activations are computed again in the backward pass."""
+        asked, swaps = self.settings.model.attention_backend, self.settings.memory.blocks_to_swap > 0
+        wanted = attention_wanted(asked, self.before)
+        self.attention = choose_attention(wanted, self.config.head_size, self.dtype, self.device)
+        checkpointing = choose_checkpointing(self.settings.run, self.before, self.device, swaps)
+        self.checkpoints = bool(checkpointing.value)
+        self.choices = [attention_choice(asked, self.before, self.attention[0]), checkpointing]
 
     def described(self, plan: RunPlan) -> str:
         checkpointing = "on" if self.checkpoints else "off"
@@ -163,17 +171,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
         place = "cpu" if self.settings.memory.is_used else self.device
         self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, place)
         self.transformer.gradient_checkpointing = self.checkpoints
-        backend, attend = self.attention
-        self.transformer.use_attention(attend)
-        logger.info(
-            "%s with %d blocks in %s on %s, attention %s, gradient checkpointing %s",
-            model.pretrained_model_name_or_path,
-            self.config.depth,
-            str(self.dtype).removeprefix("torch."),
-            self.device,
-            backend,
-            "on" if self.transformer.gradient_checkpointing else "off",
-        )
+        self.transformer.use_attention(self.attention[1])
+        path, dtype = model.pretrained_model_name_or_path, str(self.dtype).removeprefix("torch.")
+        logger.info("%s with %d blocks in %s on %s", path, self.config.depth, dtype, self.device)
         return self.transformer, self.text_encoder.qwen
 
     def place_models(self) -> None:

@@ -35,6 +35,7 @@ from library.planning.planner import Planner
 from library.randomness import derive_seed
 from library.settings import Settings, settings_as_flat_dict
 from library.training.captured import CapturedBackward
+from library.training.choices import Choice, choose_compiling, choose_fusing, choose_graphs, recorded, told
 from library.training.ema import AdapterEma
 from library.training.guard import Guard, lowered_rates
 from library.training.host_copy import reserve_host_memory
@@ -62,8 +63,8 @@ from library.training.saver import Saver
 from library.training.saves import SAVED_COPIES, Save, copy_adapters, write_save
 from library.training.saving import epoch_name, is_due, save_epochs, step_name
 from library.training.schedules import ScheduleSettings, draw_schedule, make_schedule
-from library.training.snapshot import make_snapshot
-from library.training.speed import chooses_compiling, chooses_fusing, chooses_graphs, uncompiled
+from library.training.snapshot import make_snapshot, recorded_choices
+from library.training.speed import uncompiled
 from library.training.states import Resumable, copy_state
 from library.training.step_records import StepRecords
 from library.training.trackers import Tracker
@@ -100,6 +101,8 @@ class NetworkTrainer(ABC):
         self.device = accelerator.device
         self.dtype = DTYPES[settings.run.precision]
         self.captured: CapturedBackward | None = None
+        self.before: Mapping[str, Any] = {}  # what a resumed run chose
+        self.choices: list[Choice] = []
         self.saver = Saver(settings.saving, Uploader(settings.hub) if settings.hub.huggingface_repo_id else None)
         self.state = RunState()
         self.records = StepRecords(gather_lists)
@@ -196,7 +199,6 @@ class NetworkTrainer(ABC):
 
         plan = self.plan_run()
         epoch_steps, total_steps = plan.epoch_steps, plan.total_steps
-        self.snapshot = make_snapshot(plan.made_of, self.flat_settings)
         if run.dry_run:
             logger.info("dry run: nothing is wrong\n%s", self.described(plan))
             return
@@ -213,6 +215,7 @@ class NetworkTrainer(ABC):
         batches = self.training_batches(plan, latents)
         self.plan_validation(plan, latents)
         self.make_parts(total_steps, plan.buckets)
+        self.snapshot = make_snapshot(plan.made_of, self.flat_settings, recorded(self.choices, self.device))
         self.state = first_state(run, plan.resume, self.parts, epoch_steps, total_steps)
         self.facts = RunFacts(
             model={**self.model_facts(), **facts_from_weights(settings.network, self.network)},
@@ -292,10 +295,12 @@ class NetworkTrainer(ABC):
     def plan_run(self) -> RunPlan:
         """Checks all that can be checked before a model is loaded. UserError naming everything that was found wrong."""
         accelerator = self.accelerator
-        return Planner(
+        plan = Planner(
             self.settings, self.known_problems, self.device, accelerator.num_processes, accelerator.is_main_process,
             self.plan_models, self.model_identity,
         ).plan()  # fmt: skip
+        self.before = {} if plan.resume is None else recorded_choices(plan.resume)
+        return plan
 
     def shows_only(self, plan: RunPlan) -> bool:
         """Draws what the settings ask to see of the planned run; whether they do, and so nothing is to be trained."""
@@ -369,16 +374,18 @@ class NetworkTrainer(ABC):
             "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
             reads_each_step=settings.network.scale_weight_norms is not None,
         )  # fmt: skip
-        fuses = chooses_fusing(settings.speed, self.device, self.dtype, self.fuse_obstacle)
-        if fuses:
+        speed, before, device = settings.speed, self.before, self.device
+        fuses = choose_fusing(speed, before, device, self.dtype, self.fuse_obstacle)
+        if fuses.value:
             self.fuse_blocks()
-        compiles = chooses_compiling(settings.speed, self.device, total_steps, self.compile_obstacle())
-        if compiles:
+        compiles = choose_compiling(speed, before, device, total_steps, bool(fuses.value), self.compile_obstacle())
+        if compiles.value:
             self.compile_blocks(buckets)
-        if chooses_graphs(settings.speed, self.device, self.capture_obstacle()):
+        captures = choose_graphs(speed, before, device, self.capture_obstacle())
+        if captures.value:
             self.captured = CapturedBackward(self.losses, self.network.parameters())
-        chosen = {"fused_blocks": fuses, "torch_compile": compiles, "cuda_graphs": self.captured is not None}
-        logger.info("%s", ", ".join(f"{name} {'on' if on else 'off'}" for name, on in chosen.items()))
+        self.choices += [fuses, compiles, captures]
+        logger.info("%s", told(self.choices))
 
     @abstractmethod
     def fuse_obstacle(self) -> str | None:

@@ -265,6 +265,7 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     main(config())
     (trainer,) = trainers
     trainer.plan_models(Problems())
+    trainer.choose_for_model()
     trainer.network = lora_anima.create_network(1.0, 4, 1.0, None, None, trainer.load_models()[0])
     trainer.prepare_text(tmp_path)
     short, long = "a red square", "a red square " * 300

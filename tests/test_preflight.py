@@ -43,7 +43,7 @@ def test_each_bucket_is_tried_twice_and_nothing_is_saved(config, windows, tmp_pa
     assert "length: 36 steps of 12 an epoch, from 4 pictures" in told
     assert "files: 1 adapters of 0.1 MiB" in told
     assert "caches: 0 MiB of latents in main memory\n" in told
-    assert "torch_compile off, cuda_graphs off" in told
+    assert "torch_compile off: there is no CUDA device\n  cuda_graphs off: there is no CUDA device\n" in told
     assert [path for name in ("logs", "output") for path in (tmp_path / name).rglob("*")] == []
 
 

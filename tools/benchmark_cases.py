@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from anima_train_network import AnimaNetworkTrainer
-from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.contexts import CaptionContext
 from library.anima_runtime.low_memory import MemorySettings
@@ -80,8 +79,7 @@ class BenchmarkTrainer(AnimaNetworkTrainer):
     def __init__(self, settings: Settings, accelerator: Accelerator, config: AnimaConfig) -> None:
         super().__init__(settings, accelerator)
         self.config = config
-        backend = settings.model.attention_backend
-        self.attention = choose_attention(backend, config.head_size, self.dtype, self.device)
+        self.choose_for_model()
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         place = torch.device("cpu") if self.settings.memory.is_used else self.device

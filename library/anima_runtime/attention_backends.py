@@ -44,11 +44,13 @@ def choose_attention(
 
 
 def _load(name: str) -> AttentionFunction:
-    """The backend's function. ImportError: it needs a package that is not installed."""
+    """The backend's function. ImportError: it needs a package that is not installed. ValueError: there is none."""
     if name == "xformers":
         return partial(_packaged, importlib.import_module("xformers.ops").memory_efficient_attention)
     if name == "cudnn":
         return partial(_one_kernel, SDPBackend.CUDNN_ATTENTION)
+    if name != "flash":
+        raise ValueError("this version of the trainer does not have it")
     try:
         return partial(_packaged, importlib.import_module("flash_attn").flash_attn_func)
     except ImportError:

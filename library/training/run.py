@@ -19,9 +19,6 @@ LATEST = Path("latest")
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# Below this much memory a 1024² step without recompute (18.6 GB eager at batch 1) does not fit beside a desktop.
-MEMORY_WITHOUT_CHECKPOINTING = 30 * 2**30
-
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -83,15 +80,6 @@ class RunSettings:
     def precision(self) -> str:
         """What the frozen model runs in: a key of DTYPES."""
         return "bf16" if self.full_bf16 else "fp16" if self.full_fp16 else self.mixed_precision
-
-
-def chooses_checkpointing(settings: RunSettings, device: torch.device) -> bool:
-    """Whether to recompute activations: as set, else on a CUDA card with less than 30 GiB."""
-    if settings.gradient_checkpointing is not None:
-        return settings.gradient_checkpointing
-    if device.type != "cuda":
-        return False
-    return torch.cuda.get_device_properties(device).total_memory < MEMORY_WITHOUT_CHECKPOINTING
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """resume_snapshot.json: what a run was made of, and how a run that resumes it differs.
 
 Its sections hold settings and facts by name. What must be the same is in "topology"; what may change, because the run
-then goes on with the new values, in "schedule"; and the optimizer says itself whether it can go on.
+then goes on with the new values, in "schedule"; and the optimizer says itself whether it can go on. Its choices are not
+compared but repeated: see `library.training.choices`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from library.training.model_hashes import legacy_hash
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "resume_snapshot.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no choices
 _PACKAGES = ("torch", "accelerate", "transformers", "diffusers", "safetensors")
 # The optimizer's own: see `library.training.optimizer_states`.
 _TOLD_ELSEWHERE = ("optimizer_type", "optimizer_args")
@@ -29,13 +30,14 @@ _TOLD_ELSEWHERE = ("optimizer_type", "optimizer_args")
 Sections = Mapping[str, Mapping[str, Any]]
 
 
-def make_snapshot(sections: Sections, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """For resume_snapshot.json. settings: all settings of the run, to be read by people."""
+def make_snapshot(sections: Sections, settings: Mapping[str, Any], choices: Mapping[str, Any]) -> dict[str, Any]:
+    """For resume_snapshot.json. settings: all settings of the run, to be read by people. choices: as recorded."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": versions,
         "sections": {name: dict(section) for name, section in sections.items()},
+        "choices": dict(choices),
         "settings": dict(settings),
     }
 
@@ -87,6 +89,15 @@ def check_snapshot(folder: Path, sections: Sections, strict: bool) -> None:
         )
     for text in others:
         logger.warning("resume: %s; the run goes on with the new value, and not exactly as it would have", text)
+
+
+def recorded_choices(folder: Path) -> dict[str, Any]:
+    """What the run chose that saved the state, which `check_snapshot` has read; nothing where it does not say."""
+    try:
+        choices = json.loads((folder / FILE_NAME).read_text(encoding="utf-8")).get("choices")
+    except FileNotFoundError:
+        return {}
+    return choices if isinstance(choices, dict) else {}
 
 
 def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

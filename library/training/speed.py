@@ -1,10 +1,9 @@
-"""How the step is run: plainly, compiled, or captured; chosen by the machine where nothing is set."""
+"""How the step is run: plainly, compiled, or captured, and what of that works here; see `library.training.choices`."""
 
 from __future__ import annotations
 
 import importlib.util
-import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -14,8 +13,6 @@ import torch._inductor.config
 from torch import nn
 
 from library.options import option
-
-logger = logging.getLogger(__name__)
 
 # Compiling pays off after about this many steps: it takes 20 to 60 s and saves 100 ms or so a step.
 STEPS_WORTH_COMPILING = 300
@@ -44,50 +41,6 @@ class SpeedSettings:
         "Compute the transformer's blocks by this project's own kernels rather than module by module: faster, and "
         "ready at once. Unset: on for bf16 on CUDA cards from Ampere (RTX 30) on, for LoRA and LoKr without dropout.",
     )
-
-
-def chooses_compiling(
-    settings: SpeedSettings, device: torch.device, total_steps: int, obstacle: str | None = None
-) -> bool:
-    """Whether the blocks are compiled: as set, or where it pays; where it cannot work, not.
-
-    obstacle: why this run's blocks cannot be, which is told only where compiling was asked for; why the machine cannot
-    is found by trying, and told on every CUDA card.
-    """
-    if settings.torch_compile is False:
-        return False
-    if settings.torch_compile is None and total_steps < STEPS_WORTH_COMPILING:
-        return False
-    reason = obstacle or compile_obstacle(device)
-    if reason is not None and (settings.torch_compile or (obstacle is None and device.type == "cuda")):
-        logger.warning("torch_compile: the blocks run uncompiled, as %s", reason)
-    return reason is None
-
-
-def chooses_graphs(settings: SpeedSettings, device: torch.device, obstacle: str | None) -> bool:
-    """Whether steps are recorded: as set, or on CUDA; obstacle: why this run's steps cannot be."""
-    if settings.cuda_graphs is False:
-        return False
-    if device.type != "cuda":
-        obstacle = "there is no CUDA device"
-    if obstacle is not None and settings.cuda_graphs:
-        logger.warning("cuda_graphs: steps are not recorded, as %s", obstacle)
-    return obstacle is None
-
-
-def chooses_fusing(
-    settings: SpeedSettings, device: torch.device, dtype: torch.dtype, find_obstacle: Callable[[], str | None]
-) -> bool:
-    """Whether the blocks are computed by own kernels: as set, or where that works.
-
-    find_obstacle: tells why this run's blocks cannot be; asked where the machine has nothing against it.
-    """
-    if settings.fused_blocks is False:
-        return False
-    obstacle = fuse_obstacle(device, dtype) or find_obstacle()
-    if obstacle is not None and (settings.fused_blocks or device.type == "cuda"):
-        logger.warning("fused_blocks: the blocks run module by module, as %s", obstacle)
-    return obstacle is None
 
 
 def fuse_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

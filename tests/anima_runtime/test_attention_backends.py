@@ -94,6 +94,11 @@ def test_without_its_package_xformers_falls_back_with_the_reason(no_packages, ca
     )
 
 
+def test_a_backend_of_another_version_falls_back(caplog):
+    assert choose_attention("sage", 16, torch.float32, CPU) == ("torch", attend)
+    assert "attention sage does not work here" in caplog.text and "does not have it" in caplog.text
+
+
 def test_cudnn_falls_back_on_a_cpu(caplog):
     assert choose_attention("cudnn", 16, torch.float32, CPU) == ("torch", attend)
     assert "attention cudnn does not work here, so torch's is used. The reason: No " in caplog.text

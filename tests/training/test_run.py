@@ -1,8 +1,7 @@
 import pytest
-import torch
 
 from library.errors import SettingError
-from library.training.run import RunSettings, RunState, chooses_checkpointing, starting_state
+from library.training.run import RunSettings, RunState, starting_state
 
 
 @pytest.mark.parametrize(
@@ -40,13 +39,3 @@ def test_a_run_that_would_be_over_at_once_is_refused(settings, name, step):
 )
 def test_precision(settings, precision):
     assert RunSettings(**settings).precision == precision
-
-
-@pytest.mark.parametrize(("gib", "chosen"), [(8, True), (24, True), (80, False)])
-def test_gradient_checkpointing_follows_the_cards_memory_only_where_it_is_not_set(monkeypatch, gib, chosen):
-    card = type("Card", (), {"total_memory": gib * 2**30})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    device = torch.device("cuda")
-    assert chooses_checkpointing(RunSettings(), device) is chosen
-    for asked in (True, False):
-        assert chooses_checkpointing(RunSettings(gradient_checkpointing=asked), device) is asked

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from library.errors import SettingError
-from library.training.snapshot import check_snapshot, digest_of, file_identity, make_snapshot
+from library.training.snapshot import check_snapshot, digest_of, file_identity, make_snapshot, recorded_choices
 
 SECTIONS = {
     "topology": {"network_dim": 4},
@@ -15,10 +15,12 @@ SECTIONS = {
     "optimizer": {"optimizer_type": "AdamW", "max_grad_norm": 1.0},
 }
 
+CHOICES = {"gradient_checkpointing": True, "device": "CPU"}
+
 
 @pytest.fixture
 def state(tmp_path):
-    (tmp_path / "resume_snapshot.json").write_text(json.dumps(make_snapshot(SECTIONS, {"seed": 42})))
+    (tmp_path / "resume_snapshot.json").write_text(json.dumps(make_snapshot(SECTIONS, {"seed": 42}, CHOICES)))
     return tmp_path
 
 
@@ -72,7 +74,7 @@ def test_snapshots_that_cannot_be_compared(tmp_path, state, caplog):
 
 def test_it_holds_versions_and_settings_to_read(state):
     written = json.loads((state / "resume_snapshot.json").read_text())
-    assert written["schema_version"] == 1 and written["settings"] == {"seed": 42}
+    assert written["schema_version"] == 2 and written["settings"] == {"seed": 42}
     assert set(written["versions"]) >= {"python", "torch"}
 
 
@@ -84,3 +86,16 @@ def test_files_are_known_by_their_contents(tmp_path):
     assert first == file_identity(tmp_path / "c") != second
     assert file_identity(tmp_path) == {"folder": tmp_path.name}
     assert digest_of(["a", "b"]) != digest_of(["b", "a"])
+
+
+def test_choices_are_given_back_and_those_of_earlier_states_are_not_known(state, caplog):
+    assert recorded_choices(state) == CHOICES
+    path = state / "resume_snapshot.json"
+    earlier = {**json.loads(path.read_text()), "schema_version": 1}
+    del earlier["choices"]
+    path.write_text(json.dumps(earlier))
+    check_snapshot(state, SECTIONS, strict=True)
+    assert recorded_choices(state) == {}
+    assert caplog.text == ""
+    path.unlink()
+    assert recorded_choices(state) == {}

@@ -1,0 +1,173 @@
+"""How a step is computed where the settings leave it open: what is chosen, why, and how a resumed run repeats it.
+
+A setting that is given acts. One left unset is what the resumed run chose, where that works on this machine, and else
+what is best on it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from library.training.machine import describe_device, readable_size
+from library.training.run import RunSettings
+from library.training.speed import STEPS_WORTH_COMPILING, SpeedSettings, compile_obstacle, fuse_obstacle
+
+logger = logging.getLogger(__name__)
+
+# Below this much memory a 1024² step without recompute (18.6 GB eager at batch 1) does not fit beside a desktop.
+GIB_WITHOUT_CHECKPOINTING = 30
+
+AS_SET = "as set"
+AS_BEFORE = "as in the resumed run"
+_NO_CUDA = "there is no CUDA device"
+
+# What a state says of the run that saved it: choices by the settings' names, and the device they were made for.
+Recorded = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a setting is in this run, and why."""
+
+    name: str
+    value: bool | str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {shown(self.value)}: {self.reason}"
+
+
+def shown(value: bool | str) -> str:
+    """A value as people read it."""
+    return value if isinstance(value, str) else "on" if value else "off"
+
+
+def told(choices: Iterable[Choice]) -> str:
+    """All choices with their reasons, a line each."""
+    return "\n  ".join(["how steps are computed:", *map(str, choices)])
+
+
+def recorded(choices: Iterable[Choice], device: torch.device) -> dict[str, Any]:
+    """What a state says of them; a run that resumes it takes that as `before`."""
+    return {**{choice.name: choice.value for choice in choices}, "device": describe_device(device)}
+
+
+def choose_fusing(
+    settings: SpeedSettings,
+    before: Recorded,
+    device: torch.device,
+    dtype: torch.dtype,
+    find_obstacle: Callable[[], str | None],
+) -> Choice:
+    """Whether the blocks are computed by own kernels; by default where that works.
+
+    find_obstacle: tells why this run's blocks cannot be; asked where the machine has nothing against it.
+    """
+    default = Choice("fused_blocks", False, _NO_CUDA)
+    if device.type == "cuda":
+        precision = str(dtype).removeprefix("torch.")
+        default = Choice("fused_blocks", True, f"{precision} on {torch.cuda.get_device_name(device)}")
+    wanted = _wanted(settings.fused_blocks, before, default)
+    return _if_possible(wanted, lambda: fuse_obstacle(device, dtype) or find_obstacle())
+
+
+def choose_compiling(
+    settings: SpeedSettings, before: Recorded, device: torch.device, total_steps: int, fuses: bool, obstacle: str | None
+) -> Choice:
+    """Whether the blocks are compiled; by default where it works and pays.
+
+    fuses: whether they are computed by own kernels. obstacle: why this run's blocks cannot be compiled, which is warned
+    of only where that was asked for; why the machine cannot is found by trying, and warned of.
+    """
+    if before.get("fused_blocks") and not fuses and not before.get("torch_compile"):
+        before = {}  # it was off because own kernels left nothing to compile
+    if device.type != "cuda":
+        default = Choice("torch_compile", False, _NO_CUDA)
+    elif obstacle is not None:
+        default = Choice("torch_compile", False, obstacle)
+    elif total_steps < STEPS_WORTH_COMPILING:
+        default = Choice("torch_compile", False, f"{total_steps} steps are fewer than {STEPS_WORTH_COMPILING}")
+    else:
+        default = Choice("torch_compile", True, f"{total_steps} steps are {STEPS_WORTH_COMPILING} or more")
+    wanted = _wanted(settings.torch_compile, before, default)
+    return _if_possible(wanted, lambda: obstacle or compile_obstacle(device))
+
+
+def choose_graphs(settings: SpeedSettings, before: Recorded, device: torch.device, obstacle: str | None) -> Choice:
+    """Whether steps are recorded; by default on CUDA. obstacle: why this run's steps cannot be."""
+    if device.type != "cuda":
+        obstacle = _NO_CUDA
+    default = Choice("cuda_graphs", obstacle is None, obstacle or "steps on a CUDA device can be recorded")
+    return _if_possible(_wanted(settings.cuda_graphs, before, default), lambda: obstacle)
+
+
+def choose_checkpointing(settings: RunSettings, before: Recorded, device: torch.device, swaps_blocks: bool) -> Choice:
+    """Whether activations are computed again in the backward pass; by default on a CUDA card with little memory.
+
+    On such a card a resumed run that did without is repeated only where it ran on one of the same kind.
+    """
+    default = _checkpointing_by_memory(device)
+    if swaps_blocks:
+        default = Choice(default.name, True, "blocks_to_swap needs it")
+    wanted = _wanted(settings.gradient_checkpointing, before, default)
+    if wanted.reason != AS_BEFORE or wanted.value or not default.value:
+        return wanted
+    if not swaps_blocks and before.get("device") == describe_device(device):
+        return wanted
+    return _instead(wanted, True, default.reason)
+
+
+def attention_choice(asked: str, before: Recorded, found: str) -> Choice:
+    """Which attention backend acts, and why.
+
+    found: what was found to work when `attention_wanted` was tried; where it is another, that was warned of.
+    """
+    wanted = attention_wanted(asked, before)
+    source = AS_SET if asked != "auto" else AS_BEFORE
+    if wanted == "auto":
+        source = "auto, which leaves the kernel to PyTorch"
+    elif wanted != found:
+        source = f"{wanted}, {source}, does not work here"
+    return Choice("anima_attention_backend", found, source)
+
+
+def attention_wanted(asked: str, before: Recorded) -> str:
+    """The backend to try: the one asked for, else that of the resumed run, else auto."""
+    then = before.get("anima_attention_backend")
+    return then if asked == "auto" and isinstance(then, str) else asked
+
+
+def _checkpointing_by_memory(device: torch.device) -> Choice:
+    if device.type != "cuda":
+        return Choice("gradient_checkpointing", False, _NO_CUDA)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    is_small = memory < GIB_WITHOUT_CHECKPOINTING * 2**30
+    compared = f"less than {GIB_WITHOUT_CHECKPOINTING}" if is_small else f"{GIB_WITHOUT_CHECKPOINTING} or more"
+    return Choice("gradient_checkpointing", is_small, f"the card has {readable_size(memory)}, {compared}")
+
+
+def _wanted(setting: bool | None, before: Recorded, default: Choice) -> Choice:
+    """The setting, else the resumed run's choice, else the default."""
+    if setting is not None:
+        return Choice(default.name, setting, AS_SET)
+    then = before.get(default.name)
+    return Choice(default.name, then, AS_BEFORE) if isinstance(then, bool) else default
+
+
+def _if_possible(wanted: Choice, find_obstacle: Callable[[], str | None]) -> Choice:
+    """What is wanted; off, with a warning, where something stands in the way of having it on."""
+    obstacle = find_obstacle() if wanted.value else None
+    return wanted if obstacle is None else _instead(wanted, False, obstacle)
+
+
+def _instead(wanted: Choice, value: bool, reason: str) -> Choice:
+    """Another value than wanted, with a warning that names both."""
+    logger.warning(
+        "%s is %s, and not %s (%s): %s", wanted.name, shown(value), shown(wanted.value), wanted.reason, reason
+    )
+    return Choice(wanted.name, value, reason)
