@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from anima_train_network import AnimaNetworkTrainer, main
+from library.anima_runtime import attention_backends
 from library.training import saves
 from train_network import NetworkTrainer
 
@@ -135,6 +136,43 @@ def test_what_a_resumed_run_may_change_and_what_not(config, tmp_path, losses, ca
     ):
         assert main(config(max_train_steps=2, resume=state(tmp_path, 1), **setting, **common)) == 1
         assert re.search(message, capsys.readouterr().err)
+
+
+def test_what_was_chosen_is_repeated_where_nothing_is_set(config, tmp_path, capsys, monkeypatch):
+    """A CPU alone would not compute activations again; attention that is not there any more is told and replaced."""
+    used = []
+    losses_of = AnimaNetworkTrainer.losses
+
+    def watched(self, inputs):
+        used.append((self.transformer.gradient_checkpointing, self.attention[0]))
+        return losses_of(self, inputs)
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "losses", watched)
+    common = {"save_state": True, "max_train_steps": 4, **QUICK}
+    chosen = {"gradient_checkpointing": True, "anima_attention_backend": "flash"}
+    assert main(config(save_every_n_steps=1, **chosen, **common)) == 0
+    straight = adapter(tmp_path)
+    assert "gradient_checkpointing on: as set" in capsys.readouterr().err
+
+    assert main(config(resume=state(tmp_path, 2), save_every_n_steps=3, **common)) == 0
+    said = capsys.readouterr().err
+    assert used == [(True, "flash")] * 6
+    assert "anima_attention_backend flash: as in the resumed run" in said
+    assert "gradient_checkpointing on: as in the resumed run" in said
+    assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
+    again = json.loads((state(tmp_path, 3) / "resume_snapshot.json").read_text())["choices"]
+    assert again == {**chosen, "fused_blocks": False, "torch_compile": False, "cuda_graphs": False, "device": "CPU"}
+
+    monkeypatch.setattr(attention_backends, "_try_out", lambda *arguments: fail_to_run())
+    assert main(config(resume=state(tmp_path, 3), gradient_checkpointing=False, **common)) == 0
+    said = capsys.readouterr().err
+    assert used[6:] == [(False, "torch")]
+    assert "warning: attention flash does not work here, so torch's is used. The reason: no such kernel" in said
+    assert "anima_attention_backend torch: flash, as in the resumed run, does not work here" in said
+
+
+def fail_to_run():
+    raise RuntimeError("no such kernel")
 
 
 def test_a_state_tells_what_it_is_of(config, tmp_path):
