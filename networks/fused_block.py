@@ -1,0 +1,324 @@
+"""One block of the transformer with its adapters, written out forward and backward.
+
+Products go through `joint_linear`, what lies between them through `block_ops`, attention through the model's own
+function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from library.anima_runtime.attention import RMSNorm, RotaryTables
+from library.anima_runtime.attention_backends import AttentionFunction
+from library.anima_runtime.block_ops import (
+    Gated,
+    Modulation,
+    ModulationSums,
+    Normed,
+    Sum,
+    empty_sums,
+    gated_norm,
+    gated_norm_backward,
+    gelu,
+    gelu_backward,
+    head_norm,
+    head_norm_backward,
+    summed,
+)
+from library.anima_runtime.transformer import Block
+from networks.adapter import Adapter
+from networks.joint_linear import JointLinear
+from networks.joint_lokr import JointLoKr
+from networks.lokr import LoKr
+from networks.norm import NormDelta
+
+# Kernels share the backward pass out by keys and heads, and few keys leave half an H200 idle: queries in two parts, as
+# samples of their own, take 121 µs instead of 182 for 4096 queries of 512 keys.
+_FEW_KEYS = 4
+
+
+class FusedNorm:
+    """A q or k norm with what an adapter adds to its weight.
+
+    weight [D]: as it was when `FusedBlocks` last ran, in float32 at least.
+    """
+
+    def __init__(self, norm: RMSNorm, adapter: NormDelta | None) -> None:
+        self.base = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
+        self.weight = self.base
+        self.adapter = adapter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [] if self.adapter is None else [self.adapter.w_norm]
+
+
+class Attended(NamedTuple):
+    """What attention's backward pass needs: its inputs as leaves, (B, L, heads, D), and its result, (B, L, E).
+
+    parts: how many samples were made of each.
+    """
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    parts: int
+
+
+class Activations(NamedTuple):
+    """What a block's forward pass leaves for the backward pass."""
+
+    x_first: Tensor
+    first: Normed
+    qkv: list[Tensor]
+    self_attended: Attended
+    self_output: tuple[Sum, Tensor | None]
+    x_second: Tensor
+    second: Normed
+    q: list[Tensor]
+    context_rows: Tensor
+    kv: list[Tensor]
+    kv_hidden: Tensor | None
+    cross_attended: Attended
+    cross_output: tuple[Sum, Tensor | None]
+    x_third: Tensor
+    third: Normed
+    wide: list[Tensor]
+    activated: Tensor
+    narrow: tuple[Sum, Tensor | None]
+
+
+class FusedBlock:
+    """One block. adapters: by the path of the module in the block, those it has.
+
+    Each branch is x + gate * f(LayerNorm(x) * (1 + scale) + shift); `gated_norm` takes the end of one together with the
+    beginning of the next.
+    """
+
+    def __init__(self, block: Block, adapters: Mapping[str, Adapter]) -> None:
+        def joint(*paths: str) -> JointLinear | JointLoKr:
+            own = [adapters.get(path) for path in paths]
+            kind = JointLoKr if any(isinstance(adapter, LoKr) for adapter in own) else JointLinear
+            return kind([block.get_submodule(path) for path in paths], own)
+
+        def norm(path: str) -> FusedNorm:
+            return FusedNorm(block.get_submodule(path), adapters.get(path))
+
+        self.block = block
+        self.head_size = block.self_attn.head_size
+        self.qkv = joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.self_output = joint("self_attn.output_proj")
+        self.q = joint("cross_attn.q_proj")
+        self.kv = joint("cross_attn.k_proj", "cross_attn.v_proj")
+        self.cross_output = joint("cross_attn.output_proj")
+        self.wide = joint("mlp.layer1")
+        self.narrow = joint("mlp.layer2")
+        self.norms = [norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
+        self.joints = (self.qkv, self.self_output, self.q, self.kv, self.cross_output, self.wide, self.narrow)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All adapters', in the order of `backward`'s gradients."""
+        return [parameter for part in (*self.joints, *self.norms) for parameter in part.parameters()]
+
+    def forward(
+        self, x_BLD: Tensor, modulations: Sequence[Tensor], context_BSD: Tensor, rotary: RotaryTables
+    ) -> tuple[Tensor, Activations]:
+        """As `Block.forward`: x (B, L, D), and what `backward` needs.
+
+        modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added.
+        """
+        self_attn, cross_attn = self.block.self_attn, self.block.cross_attn
+        count = x_BLD.shape[0] * x_BLD.shape[1]
+        (shift_scale_1, gate_1), (shift_scale_2, gate_2), (shift_scale_3, gate_3) = map(_parts, modulations)
+        x_first = x_BLD
+        _, first = gated_norm(x_first, None, shift_scale_1, self.qkv.empty_input(count))
+        qkv = self.qkv.forward(first.normed_ND)
+        q, k = (self._normed(x, norm, rotary, x_BLD) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
+        self_attended = _attend(self_attn.attend, q, k, self.heads(qkv[2], x_BLD))
+        self_output = self.self_output.forward_late(_rows(self_attended.output.detach()))
+
+        into = self.q.empty_input(count)
+        x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2, into)
+        q_cross = self.q.forward(second.normed_ND)
+        context_rows = _rows(context_BSD)
+        kv, kv_hidden = self.kv.forward_any(context_rows)
+        q, k = self._normed(q_cross[0], self.norms[2], None, x_BLD), self._normed(kv[0], self.norms[3], None, x_BLD)
+        cross_attended = _attend(cross_attn.attend, q, k, self.heads(kv[1], x_BLD))
+        cross_output = self.cross_output.forward_late(_rows(cross_attended.output.detach()))
+
+        into = self.wide.empty_input(count)
+        x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3, into)
+        wide = self.wide.forward(third.normed_ND)
+        activated = torch.empty_like(wide[0])
+        gelu(wide[0], activated)
+        narrow = self.narrow.forward_late(activated)
+        x_out, _ = gated_norm(x_third, Gated(narrow[0], gate_3), None)
+        return x_out, Activations(
+            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, context_rows, kv, kv_hidden,
+            cross_attended, cross_output, x_third, third, wide, activated, narrow,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        dx_BLD: Tensor,
+        saved: Activations,
+        modulations: Sequence[Tensor],
+        rotary: RotaryTables,
+        wants_x: bool,
+        wants_modulations: bool,
+        wants_context: bool,
+    ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None, list[Tensor]]:
+        """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
+        done = _BackwardPass(self, saved, modulations, rotary, dx_BLD, wants_modulations)
+        done.pass_mlp()
+        dcontext_BSD = done.pass_cross_attention(wants_context)
+        done.pass_self_attention(wants_x or wants_modulations)
+        dmodulations: Sequence[Tensor | None] = [None] * 3
+        if done.partial_BPSD is not None:
+            dmodulations = summed(done.partial_BPSD).to(modulations[0].dtype).chunk(3, dim=1)
+        gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
+        return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
+
+    def heads(self, x_NE: Tensor, x_BLD: Tensor) -> Tensor:
+        """Rows [N, E] of as many samples as x has, as (B, L, heads, D)."""
+        return x_NE.unflatten(0, (len(x_BLD), -1)).unflatten(2, (-1, self.head_size))
+
+    def _normed(self, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, x_BLD: Tensor) -> Tensor:
+        """(B, L, heads, D)"""
+        return self.heads(head_norm(x_NE, norm.weight, rotary, len(x_NE) // len(x_BLD)), x_BLD)
+
+
+class _BackwardPass:
+    """A block's backward pass, branch by branch from the last: from behind the branch's gate to the norm before it.
+
+    dx_BLD: the gradient of the residual stream as far as the pass has come, without what comes through the norm reached
+    last: dnormed_ND, the gradient of its result, which the next branch takes along. found: gradients of the parameters
+    of each part. partial_BPSD: sums for the modulations' gradients, where they are wanted.
+    """
+
+    def __init__(
+        self,
+        fused: FusedBlock,
+        saved: Activations,
+        modulations: Sequence[Tensor],
+        rotary: RotaryTables,
+        dx_BLD: Tensor,
+        wants_modulations: bool,
+    ) -> None:
+        self.fused, self.saved, self.rotary = fused, saved, rotary
+        self.shift_scales, self.gates = zip(*map(_parts, modulations), strict=True)
+        self.count = dx_BLD.shape[0] * dx_BLD.shape[1]
+        self.dx_BLD = dx_BLD
+        self.dnormed_ND: Tensor | None = None
+        self.found: dict[JointLinear | JointLoKr | FusedNorm, list[Tensor]] = {}
+        self.partial_BPSD = empty_sums(dx_BLD, slots=9) if wants_modulations else None
+
+    def pass_mlp(self) -> None:
+        """The last branch, which comes first."""
+        fused, saved = self.fused, self.saved
+        gradients = fused.narrow.empty_gradients(self.count)
+        gate = Gated(saved.narrow[0], self.gates[2])
+        gated_norm_backward(self.dx_BLD, None, saved.x_third, None, None, gate, gradients[0], self._sums(2, 2))
+        dactivated, self.found[fused.narrow] = fused.narrow.backward(gradients, saved.activated, saved.narrow[1], True)
+        gradients = fused.wide.empty_gradients(self.count)
+        gelu_backward(dactivated, saved.wide[0], gradients[0])
+        self.dnormed_ND, self.found[fused.wide] = fused.wide.backward(gradients, saved.third.normed_ND, None, True)
+
+    def pass_cross_attention(self, wants_context: bool) -> Tensor | None:
+        """Returns the gradient of the context (B, S, context width), if wanted."""
+        fused, saved = self.fused, self.saved
+        gradients = fused.cross_output.empty_gradients(self.count)
+        gate = Gated(saved.cross_output[0], self.gates[1])
+        self.dx_BLD = gated_norm_backward(
+            self.dx_BLD, self.dnormed_ND, saved.x_third, saved.third, self.shift_scales[2], gate, gradients[0],
+            self._sums(2, 1),
+        )  # fmt: skip
+        self.dnormed_ND = None
+        dq, dk, dv = self._pass_attention(fused.cross_output, gradients, saved.cross_attended, saved.cross_output[1])
+        gradients = fused.q.empty_gradients(self.count)
+        self._pass_head_norm(fused.norms[2], dq, saved.q[0], None, gradients[0])
+        self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, saved.second.normed_ND, None, True)
+        gradients = fused.kv.empty_gradients(len(saved.context_rows))
+        self._pass_head_norm(fused.norms[3], dk, saved.kv[0], None, gradients[0])
+        fused.heads(gradients[1], self.dx_BLD).copy_(dv)
+        dcontext_NC, self.found[fused.kv] = fused.kv.backward(
+            gradients, saved.context_rows, saved.kv_hidden, wants_context
+        )
+        return None if dcontext_NC is None else dcontext_NC.unflatten(0, (len(self.dx_BLD), -1))
+
+    def pass_self_attention(self, wants_begin: bool) -> None:
+        """wants_begin: whether the gradients of its norm and of the block's x are wanted."""
+        fused, saved = self.fused, self.saved
+        gradients = fused.self_output.empty_gradients(self.count)
+        gate = Gated(saved.self_output[0], self.gates[0])
+        self.dx_BLD = gated_norm_backward(
+            self.dx_BLD, self.dnormed_ND, saved.x_second, saved.second, self.shift_scales[1], gate, gradients[0],
+            self._sums(1, 0),
+        )  # fmt: skip
+        self.dnormed_ND = None
+        dq, dk, dv = self._pass_attention(fused.self_output, gradients, saved.self_attended, saved.self_output[1])
+        gradients = fused.qkv.empty_gradients(self.count)
+        self._pass_head_norm(fused.norms[0], dq, saved.qkv[0], self.rotary, gradients[0])
+        self._pass_head_norm(fused.norms[1], dk, saved.qkv[1], self.rotary, gradients[1])
+        fused.heads(gradients[2], self.dx_BLD).copy_(dv)
+        dnormed_ND, self.found[fused.qkv] = fused.qkv.backward(gradients, saved.first.normed_ND, None, wants_begin)
+        if wants_begin:
+            self.dx_BLD = gated_norm_backward(
+                self.dx_BLD, dnormed_ND, saved.x_first, saved.first, self.shift_scales[0], None, None, self._sums(0, 0)
+            )
+
+    def _sums(self, norm: int, gate: int) -> ModulationSums | None:
+        """For shift and scale of one branch, counted from 0, and the gate of another."""
+        return None if self.partial_BPSD is None else ModulationSums(self.partial_BPSD, 3 * norm, 3 * gate + 2)
+
+    def _pass_attention(
+        self,
+        output: JointLinear | JointLoKr,
+        gradients: Sequence[Tensor],
+        attended: Attended,
+        hidden_NR: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v (B, L, heads, D), from those of the output."""
+        dattended, self.found[output] = output.backward(gradients, _rows(attended.output.detach()), hidden_NR, True)
+        return _attend_backward(attended, dattended)
+
+    def _pass_head_norm(
+        self, norm: FusedNorm, dout: Tensor, x_NE: Tensor, rotary: RotaryTables | None, dx_NE: Tensor
+    ) -> None:
+        """The norm of q or k, from the gradient of its result (B, L, heads, D). Writes that of x to dx."""
+        trains = norm.adapter is not None
+        length = len(x_NE) // len(self.dx_BLD)
+        dweight = head_norm_backward(_rows(dout).flatten(1), x_NE, norm.weight, rotary, length, dx_NE, trains)
+        self.found[norm] = [dweight] if trains else []
+
+
+def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:
+    shift, scale, gate = modulation_BK.chunk(3, dim=1)
+    return Modulation(shift, scale), gate
+
+
+def _rows(x_BLD: Tensor) -> Tensor:
+    return x_BLD.flatten(0, 1)
+
+
+def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Attended:
+    """Runs the model's attention with a graph of its own, for `_attend_backward`."""
+    samples, length = q.shape[:2]
+    parts = 2 if k.shape[1] * _FEW_KEYS <= length and length % 2 == 0 else 1
+    if parts > 1:
+        q = q.reshape(samples * parts, length // parts, *q.shape[2:])
+        k, v = (torch.stack([x] * parts, dim=1).flatten(0, 1) for x in (k, v))
+    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    with torch.enable_grad():
+        return Attended(inputs, function(*inputs).reshape(samples, length, -1), parts)
+
+
+def _attend_backward(attended: Attended, dout_NE: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v, (B, L, heads, D) each."""
+    dq, dk, dv = torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))
+    if attended.parts > 1:
+        dq = dq.unflatten(0, (-1, attended.parts)).flatten(1, 2)
+        dk, dv = (x[0 :: attended.parts] + x[1 :: attended.parts] for x in (dk, dv))
+    return dq, dk, dv
