@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from torch import distributed
 
 from library.anima_runtime.config import AnimaConfig
 from library.console import show
+from library.plots import save_line_plot
 from library.training.speed import MOST_FIXED_SHAPES
 from tools.benchmark_cases import (
     CASES,
@@ -98,6 +99,7 @@ def benchmark(
         **used_memory(device),
         "loss_first": losses[0].item(),
         "loss_last": losses[-1].item(),
+        "losses": torch.stack(losses).tolist(),
     }
     if profile:
         result["profile"] = profile_step(step, without_recording(trainer, step) if trainer.captured else None)
@@ -216,6 +218,18 @@ def read_lines(path: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
+def show_losses(losses: Mapping[str, Sequence[float]], picture: Path) -> None:
+    """Draws each case's losses, and prints how far they are from the first case's: all met the same inputs."""
+    save_line_plot(picture, "Loss of each step", "step", {name: list(enumerate(own)) for name, own in losses.items()})
+    first = next(iter(losses))
+    for name, own in losses.items():
+        pairs = list(zip(own, losses[first], strict=False))
+        differences = [abs(a - b) / b for a, b in pairs]
+        line = {"losses": name, "against": first, "steps": len(pairs), "mean": statistics.fmean(own[: len(pairs)])}
+        line |= {"difference_mean": statistics.fmean(differences), "difference_max": max(differences)}
+        show(json.dumps({key: round(value, 7) if isinstance(value, float) else value for key, value in line.items()}))
+
+
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; SystemExit for cases that there are not."""
     parser = argparse.ArgumentParser(
@@ -232,6 +246,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--until_first_step", action="store_true", help="Time this process until its first step.")
     parser.add_argument("--memory_gib", type=float, help="Let PyTorch take no more than so much of the card.")
     parser.add_argument("--profile", type=Path, help="File for the kernels of 3 steps of each case.")
+    parser.add_argument(
+        "--losses", type=Path, help="Picture of all steps' losses; a line compares each case's with the first's."
+    )
     parser.add_argument("--against", type=Path, help="JSON lines of an earlier call to compare with.")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.cases) - set(CASES)
@@ -248,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.memory_gib is not None and not arguments.tiny:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory_gib * 2**30 / total))
-    profiles, earlier = {}, read_lines(arguments.against)
+    profiles, losses, earlier = {}, {}, read_lines(arguments.against)
     for name in arguments.cases or CASES:
         case = tiny_case(CASES[name]) if arguments.tiny else CASES[name]
         if arguments.start:
@@ -259,11 +276,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             show(json.dumps(first_step_of_process(case, device, config)))
             continue
         result = measured(name, case, arguments, config)
-        profiles[name] = result.pop("profile", None)
+        profiles[name], losses[name] = result.pop("profile", None), result.pop("losses")
         if world.is_main_process:
             show(json.dumps({**result, "processes": world.num_processes, **compared(result, earlier)}))
             if arguments.profile is not None:
                 arguments.profile.write_text(json.dumps(profiles, indent=1), encoding="utf-8")
+    if arguments.losses is not None and world.is_main_process:
+        show_losses(losses, arguments.losses)
     if distributed.is_initialized():
         distributed.destroy_process_group()
     return 0

@@ -86,6 +86,16 @@ def test_a_profile_is_written_and_an_earlier_call_compared_with(tmp_path, capsys
     assert {"large products", "attention"} & {entry["kind"] for entry in profile["lora"]["kinds"]}
 
 
+def test_losses_are_drawn_and_compared(tmp_path, capsys):
+    picture = tmp_path / "losses.png"
+    assert main(["lora", "lora_eager", "--tiny", "--steps", "1", "--warm_up", "1", "--losses", str(picture)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"losses"')]
+    assert [(line["losses"], line["against"], line["steps"]) for line in lines] == [
+        ("lora", "lora", 3), ("lora_eager", "lora", 3),
+    ]  # fmt: skip
+    assert lines[1]["difference_max"] == 0.0 and picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_two_processes_count_the_images_of_both():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     run = subprocess.run(
