@@ -26,7 +26,7 @@ _PATIENCE = 240
 
 def read_records(trainer, step: int) -> list:
     """What the trainer's steps up to `step` gave, as a log point reads it."""
-    trainer.records.start(step, torch.zeros(()))
+    trainer.records.start(step, torch.zeros((), device=trainer.device))
     return trainer.records.finish()[0]
 
 
