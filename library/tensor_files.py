@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,11 @@ class TensorSpec:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """A tensor's own. A dtype that safetensors does not know is spelt as torch does."""
+    return TensorSpec(tuple(tensor.shape), _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+
+
 def write_tensors(
     file: Path,
     specs: Mapping[str, TensorSpec],
@@ -59,16 +64,31 @@ def write_tensors(
     tensor_of: gives a tensor by name, with the shape and dtype of its spec. Not atomic by itself: see
     `library.files.write_atomically`. Raises ModelFileError for a tensor unlike its spec or of a type not known here.
     """
+    try:
+        pieces = tensor_pieces(specs, tensor_of, metadata)
+        header = next(pieces)
+        with file.open("wb") as opened:
+            opened.write(header)
+            opened.writelines(pieces)
+    except ModelFileError as error:
+        raise ModelFileError(f"{file}: {error}") from error
+
+
+def tensor_pieces(
+    specs: Mapping[str, TensorSpec],
+    tensor_of: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file's bytes, one tensor after the other; see `write_tensors`."""
     unknown = [f"{name} ({spec.dtype})" for name, spec in specs.items() if spec.dtype not in DTYPES]
     if unknown:
-        raise ModelFileError(f"{file}: number formats that cannot be written: {first_ten(unknown)}")
+        raise ModelFileError(f"number formats that cannot be written: {first_ten(unknown)}")
     # Wide numbers first, so that every tensor lies at a multiple of its numbers' size, as safetensors writes them.
     ordered = sorted(specs, key=lambda name: -DTYPES[specs[name].dtype].itemsize)
-    with file.open("wb") as opened:
-        header = _header({name: specs[name] for name in ordered}, metadata)
-        opened.write(len(header).to_bytes(8, "little") + header)
-        for name in ordered:
-            opened.write(_bytes_of(name, tensor_of(name), specs[name]))
+    header = _header({name: specs[name] for name in ordered}, metadata)
+    yield len(header).to_bytes(8, "little") + header
+    for name in ordered:
+        yield _bytes_of(name, tensor_of(name), specs[name])
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
@@ -110,7 +130,7 @@ class TensorSpool:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Raises ModelFileError for numbers of a type not known here."""
-        spec = TensorSpec(tuple(tensor.shape), _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)))
+        spec = spec_of(tensor)
         self._starts[name] = self._file.tell()
         self._file.write(_bytes_of(name, tensor, spec))
         self.specs[name] = spec

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from library.errors import first_ten
 from library.files import write_atomically
+from library.tensor_files import spec_of, write_tensors
 from library.training.model_hashes import fill_hashes
 
 
@@ -22,8 +23,9 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
 
     def write(file: Path) -> None:
-        # Not save_file, whose own error of a full disk has no error number.
-        file.write_bytes(save(dict(tensors), metadata=dict(metadata or {}) or None))
+        # Not by safetensors' own writers: one's error of a full disk has no error number, and the other makes all bytes
+        # in one go, for which the run would wait.
+        write_tensors(file, {name: spec_of(tensor) for name, tensor in tensors.items()}, tensors.__getitem__, metadata)
         fill_hashes(file)
         _check_reads_back(file, path.name, tensors)
 

@@ -8,12 +8,12 @@ checksums of them all. It appears under its name only when complete.
 from __future__ import annotations
 
 import copy
-import io
 import json
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -25,7 +25,8 @@ from torch import nn
 
 from library.errors import ModelFileError, SettingError, first_ten
 from library.files import folder_written_atomically
-from library.training.checked_files import damage_of, write_checked
+from library.tensor_files import spec_of, tensor_pieces
+from library.training.checked_files import HashingFile, damage_of, write_checked
 from library.training.host_copy import copy_to_host
 from library.training.optimizer_states import load_optimizer, optimizer_content
 from library.training.run import RunState
@@ -86,11 +87,9 @@ def copy_state(parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | 
 def write_state(folder: Path, state: StateCopy) -> None:
     """Writes the state folder and reads it back. OSError where the disk does not take it."""
     files = {
-        "network.safetensors": safetensors.torch.save(
-            {name: tensor.contiguous() for name, tensor in state.network.items()}
-        ),
-        **{f"{name}.pt": _torch_bytes(content) for name, content in state.torch_files.items()},
-        **{f"{name}.json": _json_bytes(content) for name, content in state.json_files.items()},
+        "network.safetensors": partial(_write_tensors, state.network),
+        **{f"{name}.pt": partial(_write_torch, content) for name, content in state.torch_files.items()},
+        **{f"{name}.json": partial(_write_json, content) for name, content in state.json_files.items()},
     }
     with folder_written_atomically(folder) as temporary:
         write_checked(temporary, files)
@@ -158,10 +157,18 @@ def _damaged(folder: Path, reason: object) -> ModelFileError:
     return ModelFileError(f"resume: the state in {folder} is damaged: {reason}; give an earlier one")
 
 
-def _torch_bytes(content: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(_alone(content), buffer)
-    return buffer.getvalue()
+def _write_tensors(tensors: Mapping[str, torch.Tensor], file: HashingFile) -> None:
+    specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+    for piece in tensor_pieces(specs, tensors.__getitem__):
+        file.write(piece)
+
+
+def _write_torch(content: Any, file: HashingFile) -> None:
+    torch.save(_alone(content), file)
+
+
+def _write_json(content: Any, file: HashingFile) -> None:
+    file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
 
 
 def _alone(content: Any) -> Any:
@@ -171,10 +178,6 @@ def _alone(content: Any) -> Any:
     if isinstance(content, dict):
         return {key: _alone(item) for key, item in content.items()}
     return type(content)(map(_alone, content)) if isinstance(content, list | tuple) else content
-
-
-def _json_bytes(content: Any) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode("utf-8")
 
 
 def _load(path: Path) -> dict[str, Any]:

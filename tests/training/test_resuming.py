@@ -21,7 +21,8 @@ def saving(tmp_path):
 def state(tmp_path, name, step, saved_at):
     folder = tmp_path / name
     folder.mkdir()
-    write_checked(folder, {"run_state.json": json.dumps(asdict(RunState(step=step, saved_at=saved_at))).encode()})
+    content = json.dumps(asdict(RunState(step=step, saved_at=saved_at))).encode()
+    write_checked(folder, {"run_state.json": lambda file: file.write(content)})
     return folder
 
 
