@@ -41,6 +41,7 @@ from library.training.guard import Guard, lowered_rates
 from library.training.host_copy import reserve_host_memory
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
+from library.training.log_points import LogPoints, judges_at_once
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import Meter
 from library.training.model_hashes import start_hashing
@@ -106,7 +107,6 @@ class NetworkTrainer(ABC):
         self.saver = Saver(settings.saving, Uploader(settings.hub) if settings.hub.huggingface_repo_id else None)
         self.state = RunState()
         self.records = StepRecords(gather_lists)
-        self.started_look: tuple[int, dict[str, float]] | None = None  # its step, and the rates then
         self.validation: Validation | None = None
 
     # --- hooks: what the model is ---
@@ -240,6 +240,8 @@ class NetworkTrainer(ABC):
         logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
         self.meter = meter = Meter(self.state.step, self.device)
         meter.restore(self.state.averages)
+        log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
+        at_once = judges_at_once(settings.monitor, settings.guard)
         self.network.train()
         reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
         stopping, vote = False, StopVote(self.device)
@@ -251,7 +253,7 @@ class NetworkTrainer(ABC):
                     with explaining_lack_of_memory(window.batches):
                         meter.add(self.step(window.batches, window.sample_count))
                     epoch_ended = self.state.advance(epoch_steps)
-                    self.finish_look()  # at the step before, while the GPU works on this one
+                    log_points.look(self.state)  # the last one, while the GPU works on this step
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
                     tracker.advance(step)
                     saves = finished or is_due(saving.save_every_n_steps, step)
@@ -259,9 +261,9 @@ class NetworkTrainer(ABC):
                     renders = is_due(settings.sampling.sample_every_n_steps, step)
                     pauses = epoch_ended or saves or measures or renders
                     if is_due(settings.logging.log_every_n_steps, step) or step == 1 or pauses:
-                        self.start_look()
-                    if pauses or self.looks_at_once:
-                        self.finish_look()
+                        log_points.reach(step, self.rates())
+                    if pauses or at_once:
+                        log_points.look(self.state)
                     if epoch_ended:
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if measures:
@@ -280,7 +282,7 @@ class NetworkTrainer(ABC):
                     stopping = vote.cast(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:
                         break
-            self.finish_look()
+            log_points.look(self.state)
             logger.info("%s", meter.summary())
             if self.state.step < total_steps:
                 self.save_interrupted()
@@ -448,30 +450,6 @@ class NetworkTrainer(ABC):
             for inputs, losses_B in zip(prepared, losses, strict=True):
                 self.records.add(batch.paths, inputs.rows_B, inputs.timesteps_B, losses_B.detach())
         return total.detach()
-
-    @property
-    def looks_at_once(self) -> bool:
-        """Whether what log points find may end the run or put it back, so that no further step should be taken."""
-        raises = self.settings.monitor.anima_monitor_alert_policy == "raise"
-        return raises or self.settings.guard.on_nonfinite in ("raise", "rollback")
-
-    def start_look(self) -> None:
-        """At a log point: what the steps gave goes to main memory; `finish_look` reads it."""
-        self.records.start(self.state.step, self.monitor.weights_norm())
-        self.started_look = self.state.step, self.rates()
-
-    def finish_look(self) -> None:
-        """Draws and judges what was started, if anything was. UserError where that should end the run."""
-        if self.started_look is None:
-            return
-        (step, rates), self.started_look = self.started_look, None
-        records, weights_norm = self.records.finish()
-        found = self.monitor.look(records, weights_norm)
-        losses = self.meter.read(step, [record.loss for record in records])
-        self.tracker.log({**losses, **rates, **found.values}, step)
-        self.tracker.look(records, found.alerts, step)
-        self.guard.check(records, self.state)
-        self.monitor.report(found, gather_lists)
 
     def rates(self) -> dict[str, float]:
         """The learning rates that act, by curve."""

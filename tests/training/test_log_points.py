@@ -1,0 +1,64 @@
+"""What is drawn and judged at log points, and when."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from library.training.guard import GuardSettings
+from library.training.log_points import LogPoints, judges_at_once
+from library.training.meter import Meter
+from library.training.monitor import Monitor, MonitorSettings
+from library.training.run import RunState
+from library.training.step_records import StepRecords
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def case():
+    """Log points with the real parts, but for a tracker and a guard that keep what they are given."""
+    drawn, judged = [], []
+    tracker = SimpleNamespace(log=lambda values, step: drawn.append((step, values)), look=lambda *_: None)
+    guard = SimpleNamespace(check=lambda records, state: judged.append([record.step for record in records]))
+    records, meter = StepRecords(lambda own: own), Meter(0, CPU)
+    monitor = Monitor(MonitorSettings(), torch.nn.Linear(2, 2), CPU)
+    points = LogPoints(records, meter, monitor, guard, tracker, lambda own: own)
+
+    def step(loss):
+        meter.add(torch.tensor(loss))
+        records.close_step(torch.tensor(loss), torch.tensor(0.5))
+
+    return SimpleNamespace(points=points, step=step, drawn=drawn, judged=judged)
+
+
+def test_a_log_point_is_drawn_as_it_was_when_it_was_reached(case):
+    case.step(4.0)
+    case.step(2.0)
+    case.points.reach(2, {"lr/all": 0.1})
+    case.step(9.0)
+    assert case.drawn == []
+    case.points.look(RunState(step=3))
+    ((step, values),) = case.drawn
+    assert (step, values["loss/current"], values["loss/average"], values["lr/all"]) == (2, 2.0, 3.0, 0.1)
+    assert values["norm/gradient"] == 0.5 and values["norm/weights"] > 0
+    case.points.reach(3, {"lr/all": 0.2})
+    case.points.look(RunState(step=3))
+    assert case.drawn[1][1]["loss/current"] == 9.0
+    assert case.judged == [[1, 2], [3]]
+
+
+def test_without_a_log_point_there_is_nothing_to_look_at(case):
+    case.step(1.0)
+    case.points.look(RunState(step=1))
+    assert case.drawn == [] and case.judged == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "on_nonfinite", "expected"),
+    [("warn", "skip", False), ("warn", "warn", False), ("raise", "skip", True), ("warn", "raise", True),
+     ("warn", "rollback", True)],
+)  # fmt: skip
+def test_what_may_end_the_run_or_put_it_back_is_judged_at_once(policy, on_nonfinite, expected):
+    monitor = MonitorSettings(anima_monitor_alert_policy=policy)
+    assert judges_at_once(monitor, GuardSettings(on_nonfinite=on_nonfinite)) is expected
