@@ -236,8 +236,8 @@ def alert_on_the_second() -> None:
     """The second process finds its memory nearly full after the third step."""
     look = Monitor.look
 
-    def finding(self, records):
-        found = look(self, records)
+    def finding(self, records, weights_norm):
+        found = look(self, records, weights_norm)
         alerts = ("memory is nearly full",) if PartialState().process_index == 1 and records[-1].step == 3 else ()
         return replace(found, alerts=alerts)
 
