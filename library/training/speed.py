@@ -52,7 +52,7 @@ def fuse_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the card is older than Ampere"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+        return "Triton is not installed (for Windows, its package is triton-windows)"
     return None
 
 
