@@ -420,11 +420,12 @@ class NetworkTrainer(ABC):
             place = number * self.accelerator.num_processes + self.accelerator.process_index
             torch.manual_seed(derive_seed(self.settings.run.seed, "dropout", self.state.step, place))
             mean_loss += self.add_gradients(batch, share=float(batch.counted) / sample_count)
-        sum_gradients(self.network.parameters(), [mean_loss])
+        parameters = list(self.network.parameters())  # once: finding a real adapter's 836 takes 1.5 ms
+        sum_gradients(parameters, [mean_loss])
         parts.scaler.unscale_(parts.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.settings.optimizer.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.network.parameters(), self.settings.optimizer.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.settings.optimizer.max_grad_norm, norm)
         moved = self.guard.step(mean_loss, norm, self.state)
         parts.scaler.update()
         if self.settings.network.scale_weight_norms is not None and moved.item():
