@@ -228,7 +228,7 @@ def _normal(u):
     """(the standard normal distribution up to u, its density at u, times sqrt(2 pi)).
 
     Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26; its error of 7.5e-8 is far below bf16's
-    rounding, and one exponential serves both, where libdevice's erf alone takes longer than the memory.
+    rounding, and one exponential serves both.
     """
     density = tl.exp(-0.5 * u * u)
     t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(u))
