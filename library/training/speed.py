@@ -30,7 +30,8 @@ class SpeedSettings:
     torch_compile: bool | None = option(
         None,
         "Compile the transformer's blocks: faster steps after a minute's start. Unset: on for CUDA cards that can, in "
-        f"runs of {STEPS_WORTH_COMPILING} steps or more. With fused_blocks only a trained LLM adapter is left to compile.",
+        f"runs of {STEPS_WORTH_COMPILING} steps or more. With fused_blocks only a trained LLM adapter is left to "
+        "compile.",
         aliases=("compile",),
     )
     cuda_graphs: bool | None = option(
