@@ -8,7 +8,6 @@ eighth of a dense product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from networks.adapter import NO_DROPOUT, Adapter, Dropouts, drop_rows
 
 # Rows are grouped until the small product's matrix has sides about this long, a tile of the matrix units.
-GROUPED_SIDE = 128
+_GROUPED_SIDE = 128
 
 
 def factorize(dimension: int, factor: int) -> tuple[int, int]:
@@ -185,17 +184,15 @@ class KroneckerLinear(torch.autograd.Function):
         return grad_x, grad_output, grad_w1, grad_w2
 
 
-def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, g1: Tensor | None = None) -> Tensor:
+def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """Adds x (w1 ⊗ w2)ᵀ to base_output, in place; see `KroneckerLinear`. All of one dtype, and in order of memory.
-
-    g1: `grouped(w1, …)`, where it is there already.
 
     The factor that leaves the smaller product goes first. Products with w1 take several rows side by side, see
     `_grouped`. bmm is called by name: matmul of a matrix with a batch copies the batch when that requires a gradient.
     """
-    g1, x_NII = _side_by_side(x, w1, w2, g1)
+    g1, x_NII = _side_by_side(x, w1, w2)
     g1_NOI = g1.expand(len(x_NII), -1, -1)
-    if _w1_goes_first(w1, w2):
+    if w1_goes_first(w1, w2):
         inner_NOI = torch.bmm(g1_NOI, x_NII)
         base_output.view(-1, w2.shape[0]).addmm_(inner_NOI.flatten(0, 1), w2.t())
     else:
@@ -204,64 +201,42 @@ def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, g1: T
 
 
 def kronecker_gradients(
-    grad_output: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    wants_x: bool,
-    base_grad_x: Tensor | None = None,
-    g1: Tensor | None = None,
-    product: Callable[[Tensor, Tensor], Tensor] = torch.mm,
-    contract: Callable[[Tensor, Tensor], Tensor] | None = None,
+    grad_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor, wants_x: bool
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of `add_kronecker_`'s x, w1 and w2; x's is added to base_grad_x, in place, where that is given.
-
-    product: of matrices, for w2's gradient. contract: Σ over n and j of p[n, o, j] q[n, i, j], for w1's; unset, rows
-    are taken side by side here too.
-    """
-    g1, x_NII = _side_by_side(x, w1, w2, g1)
+    """Gradients of `add_kronecker_`'s x, w1 and w2."""
+    g1, x_NII = _side_by_side(x, w1, w2)
     grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
     g1_NOI = g1.expand(len(x_NII), -1, -1)
     grad_x = None
-    if _w1_goes_first(w1, w2):
+    if w1_goes_first(w1, w2):
         grad_inner_NOI = F.linear(grad_NOO, w2.t())
         if w2.shape[0] <= w2.shape[1]:
             # Not from the forward pass' inner product: a compiler would keep that, 16 MiB for each of 280 Linears.
             inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
-            grad_w2 = product(inner_NIO.flatten(0, 1).t(), x_NII.flatten(0, 1))
+            grad_w2 = inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
         else:
-            grad_w2 = product(grad_NOO.flatten(0, 1).t(), torch.bmm(g1_NOI, x_NII).flatten(0, 1))
+            grad_w2 = grad_NOO.flatten(0, 1).t() @ torch.bmm(g1_NOI, x_NII).flatten(0, 1)
         pair = grad_inner_NOI, x_NII
-        if wants_x and base_grad_x is None:
+        if wants_x:
             grad_x = torch.bmm(g1_NOI.transpose(1, 2), grad_inner_NOI).view_as(x)
-        elif wants_x:
-            base_grad_x.view_as(x_NII).baddbmm_(g1_NOI.transpose(1, 2), grad_inner_NOI)
-            grad_x = base_grad_x
     else:
         grad_inner_NIO = torch.bmm(g1_NOI.transpose(1, 2), grad_NOO)
-        grad_w2 = product(grad_inner_NIO.flatten(0, 1).t(), x_NII.flatten(0, 1))
+        grad_w2 = grad_inner_NIO.flatten(0, 1).t() @ x_NII.flatten(0, 1)
         pair = grad_NOO, F.linear(x_NII, w2)
-        if wants_x and base_grad_x is None:
+        if wants_x:
             grad_x = F.linear(grad_inner_NIO, w2.t()).view_as(x)
-        elif wants_x:
-            base_grad_x.view(-1, w2.shape[1]).addmm_(grad_inner_NIO.flatten(0, 1), w2)
-            grad_x = base_grad_x
-    if contract is not None:
-        left, right = (each.reshape(-1, side, each.shape[2]) for each, side in zip(pair, w1.shape, strict=True))
-        return grad_x, contract(left, right), grad_w2
     grad_g1 = torch.bmm(pair[0], pair[1].transpose(1, 2)).sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
     return grad_x, _ungrouped(grad_g1, w1), grad_w2
 
 
-def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor, g1: Tensor | None) -> tuple[Tensor, Tensor]:
+def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """w1 for several rows side by side, and x as matrices of as many rows."""
-    rows = x.numel() // (w1.shape[1] * w2.shape[1])
-    if g1 is None or rows * w1.shape[1] % g1.shape[1]:
-        g1 = _grouped(w1, rows)
+    g1 = _grouped(w1, x.numel() // (w1.shape[1] * w2.shape[1]))
     return g1, x.reshape(-1, g1.shape[1], w2.shape[1])
 
 
-def _w1_goes_first(w1: Tensor, w2: Tensor) -> bool:
+def w1_goes_first(w1: Tensor, w2: Tensor) -> bool:
+    """Whether w1 x leaves less than x w2ᵀ."""
     return w1.shape[0] * w2.shape[1] <= w1.shape[1] * w2.shape[0]
 
 
@@ -271,7 +246,7 @@ def _grouped(w1: Tensor, rows: int) -> Tensor:
     A product with an 8 × 8 matrix leaves a GPU's matrix units idle: on an H200 the one for 4096 rows of 2048 takes
     38 µs, and 10 µs in groups of 16 rows.
     """
-    size = math.gcd(rows, max(1, GROUPED_SIDE // max(w1.shape)))
+    size = math.gcd(rows, max(1, _GROUPED_SIDE // max(w1.shape)))
     grouped = w1.new_zeros(size, w1.shape[0], size, w1.shape[1])
     grouped.diagonal(dim1=0, dim2=2).copy_(w1[..., None])
     return grouped.flatten(2).flatten(0, 1)

@@ -28,7 +28,6 @@ HEAD_BACKWARD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
 GELU_LAUNCH = {"SIZE": 2048, "num_warps": 4}
 SUM_LAUNCH = {"ROWS": 256, "COLUMNS": 16, "num_warps": 4}
 _COPY_SIZE = 2048
-CONTRACT_LAUNCH = {"COLUMNS": 128, "num_warps": 4, "PROGRAMS": 528}
 
 
 @triton.jit
@@ -268,30 +267,6 @@ def _gelu_backward(dout, x, dx, width, dx_stride, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _contract(
-    p, q, partial, count, WIDTH: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):  # fmt: skip
-    total = tl.zeros((GROUP * OUT, GROUP * IN), tl.float32)
-    p_rows, q_rows = tl.arange(0, GROUP * OUT), tl.arange(0, GROUP * IN)
-    for group in range(tl.program_id(0), tl.cdiv(count, GROUP), tl.num_programs(0)):
-        for first in tl.static_range(0, WIDTH, COLUMNS):
-            columns = first + tl.arange(0, COLUMNS)
-            rows = group * GROUP * OUT + p_rows
-            kept = rows < count * OUT
-            a = tl.load(p + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask=kept[:, None], other=0.0)
-            rows = group * GROUP * IN + q_rows
-            kept = rows < count * IN
-            b = tl.load(q + rows.to(tl.int64)[:, None] * WIDTH + columns[None, :], mask=kept[:, None], other=0.0)
-            total = tl.dot(a, tl.trans(b), total, input_precision="ieee")
-    # Only rows of one place n belong together.
-    own = (p_rows // OUT)[:, None] == (q_rows // IN)[None, :]
-    total = tl.sum(tl.sum(tl.reshape(tl.where(own, total, 0.0), (GROUP, OUT, GROUP, IN)), 2), 0)
-    here = tl.arange(0, OUT)[:, None] * IN + tl.arange(0, IN)[None, :]
-    tl.store(partial + tl.program_id(0) * OUT * IN + here, total)
-
-
-@triton.jit
 def _copy_all(sources, places, widths, row_strides, column_strides, sizes, factors, places_like, SIZE: tl.constexpr):
     number = tl.program_id(0)
     size = tl.load(sizes + number)
@@ -458,23 +433,3 @@ def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     count, width = x_NE.shape
     grid = (count * triton.cdiv(width, GELU_LAUNCH["SIZE"]),)
     _gelu_backward[grid](dout_NE, x_NE, dx_NE, width, dx_NE.stride(0), **GELU_LAUNCH)
-
-
-def contracts(p_NOJ: Tensor, q_NIJ: Tensor) -> bool:
-    """Whether `contracted` can take these: few, powers of two, in order of memory."""
-    sides = p_NOJ.shape[1], q_NIJ.shape[1]
-    whole = p_NOJ.is_contiguous() and q_NIJ.is_contiguous() and p_NOJ.shape[2] % CONTRACT_LAUNCH["COLUMNS"] == 0
-    return whole and all(side in (2, 4, 8, 16) for side in sides)
-
-
-def contracted(p_NOJ: Tensor, q_NIJ: Tensor) -> Tensor:
-    """See `block_ops.contracted`."""
-    (count, o, width), i = p_NOJ.shape, q_NIJ.shape[1]
-    group = 16 // min(o, i)
-    programs = min(CONTRACT_LAUNCH["PROGRAMS"], triton.cdiv(count, group))
-    partial = p_NOJ.new_empty(1, programs, o * i, dtype=torch.float32)
-    _contract[(programs,)](
-        p_NOJ, q_NIJ, partial, count, WIDTH=width, OUT=o, IN=i, GROUP=group, COLUMNS=CONTRACT_LAUNCH["COLUMNS"],
-        num_warps=CONTRACT_LAUNCH["num_warps"],
-    )  # fmt: skip
-    return sum_programs(partial).view(o, i)

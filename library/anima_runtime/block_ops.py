@@ -195,14 +195,6 @@ def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     dx_NE.copy_(_wide(dout_NE) * slope)
 
 
-def contracted(p_NOJ: Tensor, q_NIJ: Tensor) -> Tensor:
-    """Σ over n and j of p[n, o, j] q[n, i, j]: [O, I], in float32 at least."""
-    if p_NOJ.is_cuda and _kernels().contracts(p_NOJ, q_NIJ):
-        return _kernels().contracted(p_NOJ, q_NIJ)
-    products_NOI = torch.bmm(p_NOJ, q_NIJ.transpose(1, 2))
-    return products_NOI.sum(0, dtype=torch.promote_types(p_NOJ.dtype, torch.float32))
-
-
 class ManyCopies:
     """Copies of matrices, times a factor, into places of another dtype: (source, place, factor) each."""
 

@@ -35,7 +35,6 @@ def kernels(monkeypatch):
     monkeypatch.setitem(block_kernels.NORM_BACKWARD_LAUNCH, "PROGRAMS", 4)
     monkeypatch.setitem(block_kernels.SUM_LAUNCH, "ROWS", 4)
     monkeypatch.setitem(block_kernels.GELU_LAUNCH, "SIZE", 256)
-    monkeypatch.setitem(block_kernels.CONTRACT_LAUNCH, "PROGRAMS", 4)
     return block_kernels
 
 
@@ -166,20 +165,6 @@ def test_many_copies_put_each_matrix_in_its_place_as_it_now_is(draw, request, op
         assert torch.equal(places[0], sources[0]) and torch.equal(places[1], sources[1] * 0.5)
         assert storage.count_nonzero() == sources[0].numel() + sources[1].numel()
         sources[0].add_(1)
-
-
-@pytest.mark.parametrize(("o", "i"), [(8, 8), (4, 16), (2, 8)])
-def test_contraction_is_einsum(draw, kernels, o, i):
-    p, q = draw(37, o, 256), draw(37, i, 256)
-    expected = torch.einsum("noj,nij->oi", p, q)
-    assert close(block_ops.contracted(p, q), expected, 1e-12)
-    assert kernels.contracts(p.float(), q.float())
-    assert close(kernels.contracted(p.float(), q.float()), expected)
-
-
-def test_contraction_of_many_or_odd_sides_is_left_to_torch(draw, kernels):
-    assert not kernels.contracts(draw(3, 32, 256), draw(3, 64, 256))
-    assert not kernels.contracts(draw(3, 8, 17), draw(3, 8, 17))
 
 
 def test_kernels_are_tried_before_a_run_relies_on_them(kernels, monkeypatch):
