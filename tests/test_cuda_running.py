@@ -19,8 +19,9 @@ from torch import distributed
 from library.anima_runtime.config import AnimaConfig
 from library.training.ema import EmaSettings, decay_after
 from library.training.guard import RATE_FACTOR, GuardSettings
-from library.training.host_copy import copy_to_host, reserve_host_memory
-from library.training.processes import StopVote
+from library.training.host_copy import HostCopy, reserve_host_memory
+from library.training.processes import Vote
+from library.training.requests import Wish
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
 from tests.training_runs import TrainingRun, read_records, tensor_bytes
@@ -190,7 +191,7 @@ def test_the_first_copy_finds_its_pinned_memory_reserved():
     thread = reserve_host_memory(tensors, copies=2)
     thread.join()
     before = torch.cuda.host_memory_stats()["num_host_alloc"]
-    copies = copy_to_host([tensors, tensors])
+    copies = HostCopy([tensors, tensors]).wait()
     assert torch.cuda.host_memory_stats()["num_host_alloc"] == before
     assert all(
         copy.is_pinned() and torch.equal(copy, tensor.cpu()) for copy, tensor in zip(copies[1], tensors, strict=True)
@@ -201,8 +202,8 @@ def test_a_vote_to_stop_is_answered_one_step_later():
     """A group of one process, which exchanges as several would."""
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        vote = StopVote(torch.device("cuda"))
-        assert [vote.cast(wish) for wish in (False, True, False, False)] == [False, False, True, False]
+        vote, nothing, stop = Vote(torch.device("cuda")), Wish.NOTHING, Wish.SAVE_AND_STOP
+        assert [vote.cast(wish) for wish in (nothing, stop, nothing, nothing)] == [nothing, nothing, stop, nothing]
     finally:
         distributed.destroy_process_group()
 

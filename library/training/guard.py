@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError, first_ten
 from library.options import option
-from library.training.host_copy import copy_to_host
+from library.training.host_copy import HostCopy
 from library.training.optimizers import sets_own_rate
 from library.training.run import RunState
 from library.training.step_records import SampleLoss, StepRecord
@@ -70,7 +70,7 @@ class Guard:
         self._network, self._optimizer, self._scaler = network, optimizer, scaler
         self._tells_optimizer = can_be_told(optimizer) and not reads_each_step
         self._takes_all = policy == "warn" and not scaler.is_enabled()  # fp16 leaves steps out to find its loss scale
-        self._good: tuple[int, dict] | None = None  # the step of the copy to go back to, and the copy
+        self._good: tuple[int, HostCopy] | None = None  # the step of the copy to go back to, and the copy
         self._rollbacks_to_it = 0
         device = next(network.parameters()).device
         if device.type == "cuda" and not self._takes_all and not self._tells_optimizer:
@@ -134,15 +134,16 @@ class Guard:
 
     def _keep_copy(self, step: int) -> None:
         parts = {"network": self._network.state_dict(), "optimizer": self._optimizer.state_dict()}
-        self._good = step, copy_to_host(parts)
+        self._good = step, HostCopy(parts)
         self._rollbacks_to_it = 0
 
     def _roll_back(self, problem: str, state: RunState) -> None:
         """Puts weights and optimizer back; steps, data order and schedule go on, so that no draw comes again."""
-        step, parts = self._good
+        step, copied = self._good
         if self._rollbacks_to_it >= MOST_ROLLBACKS:
             raise NonFiniteError(f"{problem}. {MOST_ROLLBACKS} times going back to step {step} did not help. {_ADVICE}")
         self._rollbacks_to_it += 1
+        parts = copied.wait()
         self._network.load_state_dict(parts["network"])
         rates = [{name: group[name] for name in _RATES if name in group} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(copy.deepcopy(parts["optimizer"]))

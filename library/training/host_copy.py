@@ -14,19 +14,6 @@ from torch import Tensor
 _PIECE_BYTES = 32 * 2**20
 
 
-def copy_to_host(value: Any) -> Any:
-    """The same nested dicts, lists and tuples with a copy of every tensor in main memory; other values are copied too.
-
-    From a GPU they are copied in a few large pieces through pinned memory, which torch keeps for the next time: the
-    call waits for the device once. Tensors of one piece are views of it.
-    """
-    copies = iter(_copies_of(list(_tensors_of(value))))
-    copied = _with_tensors(value, copies)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copied
-
-
 def reserve_host_memory(tensors: Iterable[Tensor], copies: int) -> Thread | None:
     """Has a thread take pinned memory for so many copies of the tensors, and leave it to torch for later ones.
 
@@ -48,17 +35,22 @@ def reserve_host_memory(tensors: Iterable[Tensor], copies: int) -> Thread | None
 
 
 class HostCopy:
-    """A copy of one tensor that is on its way to main memory; the device goes on meanwhile."""
+    """A copy of nested dicts, lists and tuples whose tensors are on their way to main memory.
 
-    def __init__(self, tensor: Tensor) -> None:
-        (self._copy,) = _copies_of([tensor.detach()])
+    It has the values as they are when it is made; neither host nor device waits. From a GPU tensors come in a few large
+    pieces through pinned memory, which torch keeps for the next time. Tensors of one piece are views of it.
+    """
+
+    def __init__(self, value: Any) -> None:
+        tensors = list(_tensors_of(value))
+        self._copy = _with_tensors(value, iter(_copies_of(tensors)))
         self._arrived = None
-        if tensor.is_cuda:
+        if any(tensor.is_cuda for tensor in tensors):
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def wait(self) -> Tensor:
-        """The copy, once it has come."""
+    def wait(self) -> Any:
+        """The same dicts, lists and tuples, once all tensors have come."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy

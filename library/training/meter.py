@@ -17,7 +17,6 @@ class Meter:
     def __init__(self, step: int, device: torch.device) -> None:
         self._device = device
         self._pending: list[Tensor] = []
-        self._taken_early = 0  # losses that a state took before their log point was read
         self._epoch_sum = 0.0
         self._epoch_steps = 0
         self._current = 0.0
@@ -37,10 +36,8 @@ class Meter:
         loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
         A loss that is not finite, whose step is left out, goes into no average.
         """
-        known = min(self._taken_early, len(losses))
-        self._taken_early -= known
-        del self._pending[: len(losses) - known]
-        self._take_in(losses[known:])
+        del self._pending[: len(losses)]
+        self._take_in(losses)
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now
@@ -52,12 +49,14 @@ class Meter:
         self._epoch_sum, self._epoch_steps = 0.0, 0
         return mean
 
-    def averages(self) -> dict[str, float]:
-        """What a state keeps of the losses so far, for `restore`; waits for the device."""
+    def read_rest(self) -> None:
+        """Takes in what no log point has read yet, at the end of a run; waits for the device."""
         if self._pending:
             self._take_in(torch.stack(self._pending).tolist())
-            self._taken_early += len(self._pending)
             self._pending.clear()
+
+    def averages(self) -> dict[str, float]:
+        """What a state keeps of the losses up to the last log point, for `restore`."""
         return {
             "average": self._average,
             "losses_read": self._losses_read,

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
 from library.errors import UserError
+from library.training.requests import Wish
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
@@ -40,8 +41,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], others: Sequence[Tensor]) 
     sum_over_processes([*gradients, *others])
 
 
-class StopVote:
-    """Whether any process wants to stop: all must leave the loop after the same step, or one waits forever.
+class Vote:
+    """What any process wishes for after a step: all must save and stop after the same one, or some wait forever.
 
     Of several processes the answer to one step's wishes comes after the next step, so that no step waits for its GPU.
     """
@@ -50,19 +51,19 @@ class StopVote:
         self._device = device
         self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def cast(self, wants_to_stop: bool) -> bool:
-        """Takes in this process's wish, once a step; returns whether to stop now."""
+    def cast(self, wish: Wish) -> Wish:
+        """Takes in this process's wish, once a step; returns the greatest of all."""
         if not distributed.is_initialized():
-            return wants_to_stop
+            return wish
         with _naming_lost_processes():
-            stops = self._answer()
-            wishes = torch.full((), float(wants_to_stop), device=self._device)
-            distributed.all_reduce(wishes)
+            greatest = self._answer()
+            wishes = torch.full((), float(wish), device=self._device)
+            distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
             self._ask(wishes)
-        return stops
+        return greatest
 
     def _ask(self, wishes: Tensor) -> None:
-        """Has the sum of all wishes brought to main memory, without waiting for it."""
+        """Has the greatest wish brought to main memory, without waiting for it."""
         if wishes.device.type != "cuda":
             self._asked = wishes, None
             return
@@ -71,13 +72,13 @@ class StopVote:
         arrived.record()
         self._asked = on_host, arrived
 
-    def _answer(self) -> bool:
+    def _answer(self) -> Wish:
         if self._asked is None:
-            return False
+            return Wish.NOTHING
         wishes, arrived = self._asked
         if arrived is not None:
             arrived.synchronize()
-        return wishes.item() > 0
+        return Wish(int(wishes.item()))
 
 
 def gather_lists(own: list[Any]) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ class RunState:
     """All that changes as a run goes on, apart from weights and optimizer; saved as readable JSON.
 
     step: optimizer steps done. epoch: the epoch now running, from 0. step_in_epoch: steps of it already done.
-    averages: what the meter has averaged so far. saved_at: when the state was saved, in seconds since 1970.
+    averages: what the meter had averaged at the last log point. saved_at: in seconds since 1970.
     skipped_steps, skipped_in_a_row: optimizer steps left out because a number was not finite, as of the last log point.
     rollbacks: how often weights went back to an earlier step for it. rate_factor: what they made of the rates.
     best_validation_loss, best_step: the least validation loss so far, and after how many steps it was measured.
@@ -113,6 +114,11 @@ class RunState:
             return False
         self.best_validation_loss, self.best_step = validation_loss, self.step
         return True
+
+    def take_findings(self, later: RunState, averages: Mapping[str, float]) -> None:
+        """Takes over what a log point at this step has found in the meantime. later: the run's own state by now."""
+        self.averages = dict(averages)
+        self.skipped_steps, self.skipped_in_a_row = later.skipped_steps, later.skipped_in_a_row
 
     def advance(self, steps_per_epoch: int) -> bool:
         """Counts one optimizer step; True when it was the last of its epoch."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from library.training.adapter_writing import write_adapter
 from library.training.ema import AdapterEma
-from library.training.host_copy import bytes_of, copy_to_host
+from library.training.host_copy import HostCopy, bytes_of
 from library.training.machine import free_bytes
 from library.training.optimizers import averaged_weights
 from library.training.saving import SAVE_DTYPES, SavingSettings
@@ -36,32 +36,32 @@ class AdapterNetwork(Protocol):
 
 @dataclass(frozen=True)
 class Save:
-    """A save in main memory, which training no longer changes. adapters: by the names of their files."""
+    """A save on its way to main memory, which training no longer changes. adapters: by the names of their files."""
 
     name: str
-    adapters: Mapping[str, Adapters]
+    step: int
+    adapters: Mapping[str, HostCopy]
     metadata: Mapping[str, str] | None
     state: StateCopy | None
 
 
 def copy_adapters(
     name: str, network: AdapterNetwork, optimizer: torch.optim.Optimizer, ema: AdapterEma | None
-) -> dict[str, Adapters]:
+) -> dict[str, HostCopy]:
     """The adapter as it is used, and, where there is one, its average, by the names of their files."""
     with averaged_weights(optimizer):
-        adapters = {name: copy_to_host(network.adapter_tensors())}
+        adapters = {name: HostCopy(network.adapter_tensors())}
     if ema is not None:
         with ema.applied():
-            adapters[f"{name}-ema"] = copy_to_host(network.adapter_tensors())
+            adapters[f"{name}-ema"] = HostCopy(network.adapter_tensors())
     return adapters
 
 
 def bytes_to_write(save: Save, formats: int, dtype: torch.dtype) -> int:
     """About as many as the save's files have; headers and metadata are small beside them."""
-    numbers = sum(
-        tensor.numel() for adapters in save.adapters.values() for own in adapters.values() for tensor in own.values()
-    )
-    state = 0 if save.state is None else bytes_of([save.state.network, save.state.torch_files])
+    copies = [copied.wait() for copied in save.adapters.values()]
+    numbers = sum(tensor.numel() for adapters in copies for own in adapters.values() for tensor in own.values())
+    state = 0 if save.state is None else bytes_of(save.state.tensors.wait())
     return numbers * dtype.itemsize * formats + state
 
 
@@ -78,7 +78,7 @@ def write_save(save: Save, settings: SavingSettings, formats: Sequence[str], exp
     for stem, adapters in save.adapters.items():
         for number, file_format in enumerate(formats):
             path = settings.output_dir / (f"{stem}-{file_format}.safetensors" if number else f"{stem}.safetensors")
-            write_adapter(path, export(adapters, file_format, dtype), save.metadata)
+            write_adapter(path, export(adapters.wait(), file_format, dtype), save.metadata)
             written.append(path)
     if save.state is not None:
         written.append(settings.output_dir / f"{save.name}-state")

@@ -27,7 +27,7 @@ from library.errors import ModelFileError, SettingError, first_ten
 from library.files import folder_written_atomically
 from library.tensor_files import spec_of, tensor_pieces
 from library.training.checked_files import HashingFile, damage_of, write_checked
-from library.training.host_copy import copy_to_host
+from library.training.host_copy import HostCopy
 from library.training.optimizer_states import load_optimizer, optimizer_content
 from library.training.run import RunState
 from library.training.schedule_states import load_schedule, schedule_content
@@ -61,10 +61,10 @@ class Resumable:
 
 @dataclass(frozen=True)
 class StateCopy:
-    """A state in main memory, which training no longer changes."""
+    """A state on its way to main memory, which training no longer changes. tensors: of the network and by .pt file."""
 
-    network: dict[str, Any]
-    torch_files: dict[str, Any]
+    tensors: HostCopy
+    run_state: RunState
     json_files: dict[str, Any]
 
 
@@ -75,21 +75,22 @@ def copy_state(parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | 
         "scaler": parts.scaler.state_dict(),
         **{name: part.state_dict() for name, part in parts.others.items()},
     }
-    copied = copy_to_host({"network": parts.network.state_dict(), **torch_parts})
+    tensors = HostCopy({"network": parts.network.state_dict(), **torch_parts})
     json_files = {
         "schedule": schedule_content(parts.schedule),
-        "run_state": replace(state, saved_at=time.time()).as_dict(),
         "resume_snapshot": copy.deepcopy(dict(snapshot or {})),
     }
-    return StateCopy(copied.pop("network"), copied, json_files)
+    return StateCopy(tensors, replace(state, saved_at=time.time()), json_files)
 
 
 def write_state(folder: Path, state: StateCopy) -> None:
     """Writes the state folder and reads it back. OSError where the disk does not take it."""
+    tensors = dict(state.tensors.wait())
+    json_files = {"run_state": state.run_state.as_dict(), **state.json_files}
     files = {
-        "network.safetensors": partial(_write_tensors, state.network),
-        **{f"{name}.pt": partial(_write_torch, content) for name, content in state.torch_files.items()},
-        **{f"{name}.json": partial(_write_json, content) for name, content in state.json_files.items()},
+        "network.safetensors": partial(_write_tensors, tensors.pop("network")),
+        **{f"{name}.pt": partial(_write_torch, content) for name, content in tensors.items()},
+        **{f"{name}.json": partial(_write_json, content) for name, content in json_files.items()},
     }
     with folder_written_atomically(folder) as temporary:
         write_checked(temporary, files)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from library.training.host_copy import _pieces, bytes_of, copy_to_host, reserve_host_memory
+from library.training.host_copy import HostCopy, _pieces, bytes_of, reserve_host_memory
 
 
 def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
     tensor = torch.ones(2)
     value = {"a": [tensor, (tensor, 3)], "b": {"c": "text"}, 4: None}
-    copied = copy_to_host(value)
+    coming = HostCopy(value)
     tensor.fill_(5)
+    copied = coming.wait()
     assert copied["b"] == {"c": "text"} and copied[4] is None
     assert isinstance(copied["a"], list) and isinstance(copied["a"][1], tuple)
     for found in (copied["a"][0], copied["a"][1][0]):
@@ -21,7 +22,7 @@ def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
 
 def test_copies_are_not_part_of_the_graph():
     weight = torch.nn.Parameter(torch.ones(2))
-    assert not copy_to_host([weight * 2])[0].requires_grad
+    assert not HostCopy([weight * 2]).wait()[0].requires_grad
 
 
 def test_nothing_is_pinned_without_a_gpu():

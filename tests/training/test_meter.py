@@ -46,6 +46,7 @@ def test_a_resumed_run_has_the_averages_of_one_without_a_break():
     straight, first, second = (Meter(step, torch.device("cpu")) for step in (0, 0, 2))
     for loss in losses[:2]:
         first.add(torch.tensor(loss))
+    first.read(2, losses[:2])
     second.restore(json.loads(json.dumps(first.averages())))
     for loss in losses:
         straight.add(torch.tensor(loss))
@@ -55,11 +56,13 @@ def test_a_resumed_run_has_the_averages_of_one_without_a_break():
     assert second.close_epoch() == straight.close_epoch() == 4.0
 
 
-def test_losses_that_a_state_took_before_their_log_point_count_once():
+def test_averages_are_those_of_the_last_log_point_until_the_rest_is_read():
     meter = Meter(0, torch.device("cpu"))
-    meter.add(torch.tensor(1.0))
-    meter.add(torch.tensor(3.0))
+    for loss in (1.0, 3.0, 8.0):
+        meter.add(torch.tensor(loss))
+    meter.read(2, [1.0, 3.0])
     assert meter.averages()["average"] == 2.0
-    meter.add(torch.tensor(8.0))
-    assert meter.read(2, [1.0, 3.0]) == {"loss/current": 3.0, "loss/average": 2.0}
-    assert meter.read(3, [8.0]) == {"loss/current": 8.0, "loss/average": 4.0}
+    meter.read_rest()
+    assert meter.averages()["average"] == 4.0
+    meter.read_rest()
+    assert meter.averages()["losses_read"] == 3

@@ -12,6 +12,8 @@ from torch import nn
 
 from library.training import machine
 from library.training.ema import AdapterEma, EmaSettings
+from library.training.host_copy import HostCopy
+from library.training.run import RunState
 from library.training.saves import Save, copy_adapters, write_save
 from library.training.saving import SavingSettings
 from library.training.states import StateCopy
@@ -46,7 +48,7 @@ def test_training_no_longer_changes_a_copy(adapter, optimizer):
     copied = copy_adapters("a", adapter, optimizer, None)
     with torch.no_grad():
         adapter.down.fill_(5)
-    assert copied == {"a": {"block": {"down": torch.ones(1)}}}
+    assert {name: own.wait() for name, own in copied.items()} == {"a": {"block": {"down": torch.ones(1)}}}
 
 
 def test_the_average_is_copied_beside_the_adapter_and_the_adapter_stays(adapter, optimizer):
@@ -55,13 +57,15 @@ def test_the_average_is_copied_beside_the_adapter_and_the_adapter_stays(adapter,
     with torch.no_grad():
         adapter.down.fill_(5)
     copied = copy_adapters("a", adapter, optimizer, ema)
-    assert {name: own["block"]["down"].item() for name, own in copied.items()} == {"a": 5, "a-ema": 1}
+    assert {name: own.wait()["block"]["down"].item() for name, own in copied.items()} == {"a": 5, "a-ema": 1}
     assert adapter.down.item() == 5
 
 
 def test_each_adapter_is_written_in_each_format_and_the_state_beside_them(tmp_path):
-    numbers = {"a": {"block": {"down": torch.ones(2)}}, "a-ema": {"block": {"down": torch.zeros(2)}}}
-    save = Save("a", numbers, {"ss_seed": "1"}, StateCopy({"down": torch.ones(2)}, {}, {"run_state": {"step": 3}}))
+    down = {"a": torch.ones(2), "a-ema": torch.zeros(2)}
+    copies = {name: HostCopy({"block": {"down": tensor}}) for name, tensor in down.items()}
+    state = StateCopy(HostCopy({"network": {"down": torch.ones(2)}}), RunState(step=3), {})
+    save = Save("a", 3, copies, {"ss_seed": "1"}, state)
     settings = SavingSettings(output_dir=tmp_path, save_precision="bf16")
     written = write_save(save, settings, ("comfy", "kohya"), export)
     names = ["a.safetensors", "a-kohya.safetensors", "a-ema.safetensors", "a-ema-kohya.safetensors", "a-state"]
@@ -74,8 +78,9 @@ def test_each_adapter_is_written_in_each_format_and_the_state_beside_them(tmp_pa
 
 def test_nothing_is_begun_on_a_disk_with_too_little_room(tmp_path, monkeypatch):
     """Two formats of 100 numbers in bf16, and 300 numbers of a state in float32."""
-    state = StateCopy({"down": torch.ones(100)}, {"optimizer": {"state": {0: [torch.ones(200)]}}}, {})
-    save = Save("a", {"a": {"block": {"down": torch.ones(100)}}}, None, state)
+    moments = {"state": {0: [torch.ones(200)]}}
+    state = StateCopy(HostCopy({"network": {"down": torch.ones(100)}, "optimizer": moments}), RunState(), {})
+    save = Save("a", 0, {"a": HostCopy({"block": {"down": torch.ones(100)}})}, None, state)
     settings = SavingSettings(output_dir=tmp_path, save_precision="bf16")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1599))
     with pytest.raises(OSError, match="1600 bytes are needed, 1599 are free") as caught:
