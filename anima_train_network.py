@@ -65,6 +65,10 @@ logger = logging.getLogger("anima_train_network")
 
 T = TypeVar("T")
 
+# Where zero rows of a context can be left out, batches have a multiple of so many others: for each number that occurs
+# steps are recorded once more, and each row takes time.
+_CONTEXT_STEP = 128
+
 
 class TrainingInputs(NamedTuple):
     """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`.
@@ -246,6 +250,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
         prepared = []
         for length, rows in rows_of.items():
             own = [encoded[row] for row in rows]
+            if self.fuses:  # zero rows need not be there
+                longest = max(caption.padded_length for caption in own)
+                length = min(length, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP)
             chosen = slice(None) if len(rows_of) == 1 else rows
             places = to_device(torch.tensor(rows), self.device)
             samples = (places, noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], mask[chosen])
@@ -271,7 +278,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
             context = inputs.context_BLD
         else:
             context = self.context(PaddedCaptions(*inputs[-4:]))
-        velocity = self.transformer(inputs.noisy_BCTHW, inputs.timesteps_B, context)
+        zero_rows = max(0, self.settings.model.anima_seq_len - context.shape[1])
+        velocity = self.transformer(inputs.noisy_BCTHW, inputs.timesteps_B, context, zero_rows)
         errors = elementwise_losses(velocity, inputs.target_BCTHW, inputs.timesteps_B, self.settings.loss)
         errors = errors * inputs.mask_B1HW[:, :, None]
         return errors.mean(dim=(1, 2, 3, 4)) * inputs.weights_B
@@ -326,8 +334,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return [setting for setting, helps in offers.items() if helps]
 
     def context(self, text: PaddedCaptions) -> Tensor:
-        """The text context, with gradients."""
-        return self.transformer.encode_context(*text, min_length=self.settings.model.anima_seq_len)
+        """The text context, with gradients, as long as the captions are padded."""
+        return self.transformer.encode_context(*text, min_length=0)
 
     def render_samples(self) -> list[SamplePicture]:
         self.vae.to(self.device)

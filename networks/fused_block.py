@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.attention import RMSNorm, RotaryTables
-from library.anima_runtime.attention_backends import AttentionFunction
+from library.anima_runtime.attention_passes import Attended, Gradients, attend_backward, attend_forward
 from library.anima_runtime.block_ops import (
     Gated,
     Modulation,
@@ -36,10 +36,6 @@ from networks.joint_lokr import JointLoKr
 from networks.lokr import LoKr
 from networks.norm import NormDelta
 
-# Kernels share the backward pass out by keys and heads, and few keys leave half an H200 idle: queries in two parts, as
-# samples of their own, take 121 µs instead of 182 for 4096 queries of 512 keys.
-_FEW_KEYS = 4
-
 
 class FusedNorm:
     """A q or k norm with what an adapter adds to its weight.
@@ -54,17 +50,6 @@ class FusedNorm:
 
     def parameters(self) -> list[nn.Parameter]:
         return [] if self.adapter is None else [self.adapter.w_norm]
-
-
-class Attended(NamedTuple):
-    """What attention's backward pass needs: its inputs as leaves, (B, L, heads, D), and its result, (B, L, E).
-
-    parts: how many samples were made of each.
-    """
-
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-    parts: int
 
 
 class Activations(NamedTuple):
@@ -123,11 +108,11 @@ class FusedBlock:
         return [parameter for part in (*self.joints, *self.norms) for parameter in part.parameters()]
 
     def forward(
-        self, x_BLD: Tensor, modulations: Sequence[Tensor], context_BSD: Tensor, rotary: RotaryTables
+        self, x_BLD: Tensor, modulations: Sequence[Tensor], context_BSD: Tensor, rotary: RotaryTables, zero_rows: int
     ) -> tuple[Tensor, Activations]:
         """As `Block.forward`: x (B, L, D), and what `backward` needs.
 
-        modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added.
+        zero_rows: how many rows of the context are zero and not there. modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added.
         """
         self_attn, cross_attn = self.block.self_attn, self.block.cross_attn
         count = x_BLD.shape[0] * x_BLD.shape[1]
@@ -136,8 +121,8 @@ class FusedBlock:
         _, first = gated_norm(x_first, None, shift_scale_1, self.qkv.empty_input(count))
         qkv = self.qkv.forward(first.normed_ND)
         q, k = (self._normed(x, norm, rotary, x_BLD) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
-        self_attended = _attend(self_attn.attend, q, k, self.heads(qkv[2], x_BLD))
-        self_output = self.self_output.forward_late(_rows(self_attended.output.detach()))
+        self_attended = attend_forward(self_attn.attend, q, k, self.heads(qkv[2], x_BLD))
+        self_output = self.self_output.forward_late(_rows(self_attended.output))
 
         into = self.q.empty_input(count)
         x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2, into)
@@ -145,8 +130,8 @@ class FusedBlock:
         context_rows = _rows(context_BSD)
         kv, kv_hidden = self.kv.forward_any(context_rows)
         q, k = self._normed(q_cross[0], self.norms[2], None, x_BLD), self._normed(kv[0], self.norms[3], None, x_BLD)
-        cross_attended = _attend(cross_attn.attend, q, k, self.heads(kv[1], x_BLD))
-        cross_output = self.cross_output.forward_late(_rows(cross_attended.output.detach()))
+        cross_attended = attend_forward(cross_attn.attend, q, k, self.heads(kv[1], x_BLD), zero_rows)
+        cross_output = self.cross_output.forward_late(_rows(cross_attended.output))
 
         into = self.wide.empty_input(count)
         x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3, into)
@@ -279,10 +264,10 @@ class _BackwardPass:
         gradients: Sequence[Tensor],
         attended: Attended,
         hidden_NR: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Gradients:
         """Gradients of q, k and v (B, L, heads, D), from those of the output."""
-        dattended, self.found[output] = output.backward(gradients, _rows(attended.output.detach()), hidden_NR, True)
-        return _attend_backward(attended, dattended)
+        dattended, self.found[output] = output.backward(gradients, _rows(attended.output), hidden_NR, True)
+        return attend_backward(attended, dattended)
 
     def _pass_head_norm(
         self, norm: FusedNorm, dout: Tensor, x_NE: Tensor, rotary: RotaryTables | None, dx_NE: Tensor
@@ -301,24 +286,3 @@ def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:
 
 def _rows(x_BLD: Tensor) -> Tensor:
     return x_BLD.flatten(0, 1)
-
-
-def _attend(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor) -> Attended:
-    """Runs the model's attention with a graph of its own, for `_attend_backward`."""
-    samples, length = q.shape[:2]
-    parts = 2 if k.shape[1] * _FEW_KEYS <= length and length % 2 == 0 else 1
-    if parts > 1:
-        q = q.reshape(samples * parts, length // parts, *q.shape[2:])
-        k, v = (torch.stack([x] * parts, dim=1).flatten(0, 1) for x in (k, v))
-    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
-    with torch.enable_grad():
-        return Attended(inputs, function(*inputs).reshape(samples, length, -1), parts)
-
-
-def _attend_backward(attended: Attended, dout_NE: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of q, k and v, (B, L, heads, D) each."""
-    dq, dk, dv = torch.autograd.grad(attended.output, attended.inputs, dout_NE.view_as(attended.output))
-    if attended.parts > 1:
-        dq = dq.unflatten(0, (-1, attended.parts)).flatten(1, 2)
-        dk, dv = (x[0 :: attended.parts] + x[1 :: attended.parts] for x in (dk, dv))
-    return dq, dk, dv

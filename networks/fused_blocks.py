@@ -30,9 +30,9 @@ class _RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_BLD: Tensor, context_BSD: Tensor, first: Tensor, second: Tensor, third: Tensor,
-        rotary: RotaryTables, fused: FusedBlock, *_: nn.Parameter,
+        rotary: RotaryTables, zero_rows: int, fused: FusedBlock, *_: nn.Parameter,
     ) -> Tensor:  # fmt: skip
-        inputs = x_BLD, (first, second, third), context_BSD, rotary
+        inputs = x_BLD, (first, second, third), context_BSD, rotary, zero_rows
         out, activations = fused.forward(*inputs)
         ctx.fused, ctx.inputs = fused, inputs
         ctx.activations = None if fused.block.recomputes else activations
@@ -48,7 +48,7 @@ class _RunBlock(torch.autograd.Function):
         dx, dmodulations, dcontext, found = ctx.fused.backward(
             dx_BLD.contiguous(), saved, ctx.inputs[1], rotary, wants_x, any(wants_each), wants_context
         )
-        return dx, dcontext, *dmodulations, None, None, *found
+        return dx, dcontext, *dmodulations, None, None, None, *found
 
 
 class FusedBlocks:
@@ -76,16 +76,17 @@ class FusedBlocks:
         shared_modulation_BK: Tensor,
         context_BSD: Tensor,
         rotary: RotaryTables,
+        zero_rows: int = 0,
     ) -> Tensor:
-        """See `Block.forward`."""
+        """See `Block.forward`. zero_rows: how many rows of the context are zero and not there."""
         if self._network.multiplier != 1:
-            return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
+            return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary, zero_rows)
         self._take_linears()
         self._take_norms()
         modulations = self._modulations(time_BD, shared_modulation_BK)
         for number, fused in enumerate(self._blocks):
             own = modulations[3 * number : 3 * number + 3]
-            x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, fused, *fused.parameters())
+            x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, zero_rows, fused, *fused.parameters())
         return x_BLD
 
     def _take_linears(self) -> None:

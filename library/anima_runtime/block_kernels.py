@@ -25,6 +25,7 @@ NORM_LAUNCH = {"ROWS": 2, "num_warps": 4}
 NORM_BACKWARD_LAUNCH = {"ROWS": 4, "num_warps": 8, "PROGRAMS": 264}
 HEAD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
 HEAD_BACKWARD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
+ZERO_KEYS_LAUNCH = {"ROWS": 32, "num_warps": 4}
 GELU_LAUNCH = {"SIZE": 2048, "num_warps": 4}
 SUM_LAUNCH = {"ROWS": 256, "COLUMNS": 16, "num_warps": 4}
 _COPY_SIZE = 2048
@@ -267,6 +268,26 @@ def _gelu_backward(dout, x, dx, width, dx_stride, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _add_zero_keys(
+    out, lse, count, rows, length, heads, out_row_stride, lse_sample_stride, lse_head_stride, lse_row_stride,
+    SIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of a row's head, head after head
+    kept = number < rows * heads
+    row, head = number // heads, number % heads
+    place = row // length * lse_sample_stride + head * lse_head_stride + row % length * lse_row_stride
+    before = tl.load(lse + place, mask=kept, other=0.0)
+    most = tl.maximum(before, 0.0)  # neither exponential overflows
+    own = tl.exp(before - most)
+    total = own + count * tl.exp(-most)
+    columns = tl.arange(0, SIZE)
+    here = row.to(tl.int64)[:, None] * out_row_stride + head[:, None] * SIZE + columns[None, :]
+    value = tl.load(out + here, mask=kept[:, None], other=0.0).to(tl.float32) * (own / total)[:, None]
+    tl.store(out + here, value.to(out.dtype.element_ty), mask=kept[:, None])
+    tl.store(lse + place, most + tl.log(total), mask=kept)
+
+
+@triton.jit
 def _copy_all(sources, places, widths, row_strides, column_strides, sizes, factors, places_like, SIZE: tl.constexpr):
     number = tl.program_id(0)
     size = tl.load(sizes + number)
@@ -433,3 +454,13 @@ def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     count, width = x_NE.shape
     grid = (count * triton.cdiv(width, GELU_LAUNCH["SIZE"]),)
     _gelu_backward[grid](dout_NE, x_NE, dx_NE, width, dx_NE.stride(0), **GELU_LAUNCH)
+
+
+def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> None:
+    """See `block_ops.add_zero_keys`. Heads of a row, and rows, follow each other in out."""
+    samples, length, heads, size = out_BLHD.shape
+    grid = (triton.cdiv(samples * length * heads, ZERO_KEYS_LAUNCH["ROWS"]),)
+    _add_zero_keys[grid](
+        out_BLHD, lse_BHL, float(count), samples * length, length, heads, out_BLHD.stride(1), *lse_BHL.stride(),
+        SIZE=size, **ZERO_KEYS_LAUNCH,
+    )  # fmt: skip

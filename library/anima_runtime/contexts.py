@@ -23,6 +23,8 @@ class CaptionContext:
         """How many rows it has."""
         return len(self.rows)
 
+    padded_length = context_length
+
 
 class ContextEncoder:
     """Runs captions through Qwen3 and the LLM adapter, both frozen, in the one form of `fixed_batches`."""

@@ -35,6 +35,11 @@ class CaptionStates:
         """Rows of the context that the LLM adapter makes of it."""
         return len(self.t5_ids)
 
+    @property
+    def padded_length(self) -> int:
+        """Tokens of its longer side."""
+        return max(len(self.t5_ids), len(self.qwen_states))
+
 
 class PaddedCaptions(NamedTuple):
     """A batch of captions for the LLM adapter, padded on the right; the masks are True at real tokens."""

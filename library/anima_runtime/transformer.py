@@ -21,8 +21,9 @@ from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.embeddings import PatchEmbedding, TimeMLP, TimeSinusoid, grid_rotary_tables
 from library.anima_runtime.llm_adapter import LLMAdapter
 
-# (x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary) -> x_BLD, as Block.forward takes and gives them.
-BlocksFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, RotaryTables], torch.Tensor]
+# (x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary, zero_rows) -> x_BLD, as Block.forward takes and gives
+# them; zero_rows as `AnimaTransformer.forward` does.
+BlocksFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, RotaryTables, int], torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -194,13 +195,13 @@ class AnimaTransformer(nn.Module):
         return self.t_embedding_norm.weight.dtype
 
     def forward(
-        self, latents_BCTHW: torch.Tensor, timesteps_B: torch.Tensor, context_BSD: torch.Tensor
+        self, latents_BCTHW: torch.Tensor, timesteps_B: torch.Tensor, context_BSD: torch.Tensor, zero_rows: int = 0
     ) -> torch.Tensor:
         """Velocity (noise minus picture), of the latents' shape, in float32.
 
         latents_BCTHW: normalised noisy latents; T is 1 for a picture, H and W are multiples of the patch size.
         timesteps_B: float32 in [0, 1], 1 being pure noise.
-        context_BSD: what encode_context gives.
+        context_BSD: what encode_context gives. zero_rows: how many of its last rows, all zero, were left out.
         """
         dtype = self.dtype
         context_BSD = context_BSD.to(dtype)
@@ -213,7 +214,7 @@ class AnimaTransformer(nn.Module):
             torch._dynamo.maybe_mark_dynamic(x_BLD, 1)
             for table_LK in rotary:
                 torch._dynamo.maybe_mark_dynamic(table_LK, 0)
-        x_BLD = self.run_blocks(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
+        x_BLD = self.run_blocks(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary, zero_rows)
         features_BLF = self.final_layer(x_BLD, time_BD, shared_modulation_BK)
         return self._unpatchify(features_BLF.float(), latents_BCTHW.shape)
 
@@ -224,7 +225,9 @@ class AnimaTransformer(nn.Module):
         shared_modulation_BK: torch.Tensor,
         context_BSD: torch.Tensor,
         rotary: RotaryTables,
+        zero_rows: int,
     ) -> torch.Tensor:
+        context_BSD = F.pad(context_BSD, (0, 0, 0, zero_rows))
         for block in self.blocks:
             x_BLD = block(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary)
         return x_BLD

@@ -167,6 +167,19 @@ def test_many_copies_put_each_matrix_in_its_place_as_it_now_is(draw, request, op
         sources[0].add_(1)
 
 
+@pytest.mark.parametrize("ops", ["plain", "kernels"])
+def test_zero_keys_enlarge_the_denominator(draw, request, ops):
+    """Logits of some keys with zeros behind them; their number, and that of rows, fill no whole program."""
+    ops = block_ops if ops == "plain" else request.getfixturevalue(ops)
+    logits, values = 40 * draw(SAMPLES, 3, LENGTH, 5), draw(SAMPLES, 3, 5, HEAD)
+    out = (logits.softmax(-1) @ values).transpose(1, 2).float().contiguous()
+    lse = logits.logsumexp(-1).float().mT.contiguous().mT  # rows of a head, any distance apart
+    all_logits = F.pad(logits, (0, 7))
+    ops.add_zero_keys(out, lse, 7)
+    assert close(out.double(), (all_logits.softmax(-1) @ F.pad(values, (0, 0, 0, 7))).transpose(1, 2))
+    assert close(lse.double(), all_logits.logsumexp(-1))
+
+
 def test_kernels_are_tried_before_a_run_relies_on_them(kernels, monkeypatch):
     """A machine may have Triton but no C compiler, which it needs."""
     cpu = torch.device("cpu")
