@@ -43,7 +43,7 @@ from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
 from library.training.log_points import LogPoints, judges_at_once
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
-from library.training.meter import Meter
+from library.training.meter import LossAverages, Meter
 from library.training.model_hashes import start_hashing
 from library.training.monitor import Monitor
 from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
@@ -54,9 +54,9 @@ from library.training.preflight import (
     tell_trials,
     try_batches,
 )
-from library.training.processes import Vote, gather_lists, sum_gradients
+from library.training.processes import StopVote, gather_lists, sum_gradients
 from library.training.report import try_report
-from library.training.requests import SaveRequests, Wish
+from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
 from library.training.run import DTYPES, RunState
 from library.training.samples import SampleFiles, SamplePicture, telling_failures
@@ -104,7 +104,6 @@ class NetworkTrainer(ABC):
         self.captured: CapturedBackward | None = None
         self.before: Mapping[str, Any] = {}  # what a resumed run chose
         self.choices: list[Choice] = []
-        self.unwritten: list[Save] = []
         self.saver = Saver(settings.saving, Uploader(settings.hub) if settings.hub.huggingface_repo_id else None)
         self.state = RunState()
         self.records = StepRecords(gather_lists)
@@ -239,34 +238,28 @@ class NetworkTrainer(ABC):
 
         # Each window of batches makes one optimizer step; saves and states lie between steps.
         logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
-        self.meter = meter = Meter(self.state.step, self.device)
-        meter.restore(self.state.averages)
-        log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
+        meter = Meter(self.state.step, self.device)
+        meter.averages = LossAverages(**self.state.averages)
+        self.log_points = log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
         at_once = judges_at_once(settings.monitor, settings.guard)
         self.network.train()
         reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
-        stopping, vote = False, Vote(self.device)
+        stopping, vote = False, StopVote(self.device)
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
         with closing(tracker), stop_requests() as stop, self.saving_before_errors():
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
                     with explaining_lack_of_memory(window.batches):
-                        meter.add(self.step(window.batches, window.sample_count))
+                        self.step(window.batches, window.sample_count)
                     epoch_ended = self.state.advance(epoch_steps)
                     log_points.look(self.state)  # the last one, while the GPU works on this step
-                    self.write_saves()
                     step, epoch, finished = self.state.step, self.state.epoch, self.state.step >= total_steps
                     tracker.advance(step)
-                    asked = requests.take() if requests is not None else Wish.NOTHING
-                    wish = vote.cast(Wish.SAVE_AND_STOP if stop.requested else asked)
-                    stopping = wish == Wish.SAVE_AND_STOP
-                    saves = is_due(saving.save_every_n_steps, step)
                     measures = finished or validates(settings.validation, step, epoch, epoch_ended)
                     renders = is_due(settings.sampling.sample_every_n_steps, step)
-                    pauses = epoch_ended or measures or renders or finished or stopping
-                    logs = is_due(settings.logging.log_every_n_steps, step) or step == 1
-                    if logs or pauses or saves or wish == Wish.SAVE:
+                    pauses = epoch_ended or measures or renders or finished
+                    if is_due(settings.logging.log_every_n_steps, step) or step == 1 or pauses:
                         log_points.reach(step, self.rates())
                     if pauses or at_once:
                         log_points.look(self.state)
@@ -274,7 +267,7 @@ class NetworkTrainer(ABC):
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if measures:
                         self.validate()
-                    if saves and not finished:
+                    if not finished and is_due(saving.save_every_n_steps, step):
                         self.save(step_name(saving.output_name, step), with_state=saving.save_state)
                     if not finished and epoch_ended and is_due(epochs_between_saves, epoch):
                         self.save(epoch_name(saving.output_name, epoch), with_state=saving.save_state)
@@ -282,16 +275,19 @@ class NetworkTrainer(ABC):
                         self.sample(f"{step:06d}")
                     if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
                         self.sample(f"e{epoch:06d}")
-                    if wish == Wish.SAVE:
+                    request = requests.take() if requests is not None else None
+                    if request is not None:
                         self.save(step_name(saving.output_name, step), with_state=True)
+                    stopping = vote.cast(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:
                         break
+            log_points.look(self.state)
             logger.info("%s", meter.summary())
             if self.state.step < total_steps:
                 self.save_interrupted()
             else:
                 self.save(saving.output_name, with_state=saving.save_state or saving.save_state_on_train_end)
-                self.finish_saves()
+                self.saver.finish()
             self.tell_end("stopped" if self.state.step < total_steps else "finished")
         if self.state.step < total_steps:
             state = saving.output_dir / f"{step_name(saving.output_name, self.state.step)}-state"
@@ -543,32 +539,23 @@ class NetworkTrainer(ABC):
 
         With an average of the adapter, <name>-ema.safetensors too, in each format.
 
-        The main process has what there is now copied, without waiting for the GPU; `write_saves` does the rest.
+        The main process has what there is now copied, which nothing waits for, and a thread writes the copies while
+        training goes on.
         """
         if not self.accelerator.is_main_process:
             return
+        settings, state = self.settings, None
         adapters = copy_adapters(name, self.network, self.parts.optimizer, self.ema)
-        state = copy_state(self.parts, self.state, self.snapshot) if with_state else None
-        self.unwritten.append(Save(name, self.state.step, adapters, self.metadata(), state))
+        if with_state:
+            state = copy_state(self.parts, self.log_points.state_by_now(self.state), self.snapshot)
+        save, step = Save(name, adapters, self.metadata(), state), self.state.step
 
-    def write_saves(self) -> None:
-        """Has a thread write what was copied, now that the log point at that step has been read."""
-        for save in self.unwritten:
-            if save.state is not None:
-                save.state.run_state.take_findings(self.state, self.meter.averages())
-            self.saver.start(save.name, partial(self.write_save, save))
-        self.unwritten.clear()
+        def write() -> list[Path]:
+            written = write_save(save, settings.saving, settings.network.adapter_format, tensors_to_save)
+            self.tracker.event("save", step, name)
+            return written
 
-    def write_save(self, save: Save) -> list[Path]:
-        """Writes all files of a save, and returns them."""
-        written = write_save(save, self.settings.saving, self.settings.network.adapter_format, tensors_to_save)
-        self.tracker.event("save", save.step, save.name)
-        return written
-
-    def finish_saves(self) -> None:
-        """Waits until all saves are written. UserError where the last one failed."""
-        self.write_saves()
-        self.saver.finish()
+        self.saver.start(name, write)
 
     def metadata(self) -> dict[str, str] | None:
         """What the adapter, as it now is, says about its making; None where it shall say nothing."""
@@ -580,7 +567,7 @@ class NetworkTrainer(ABC):
     def save_interrupted(self) -> None:
         """Saves what an ending run has reached, with a state to resume from. UserError where that fails."""
         self.save(step_name(self.settings.saving.output_name, self.state.step), with_state=True)
-        self.finish_saves()
+        self.saver.finish()
 
     @contextmanager
     def saving_before_errors(self) -> Iterator[None]:
@@ -589,7 +576,6 @@ class NetworkTrainer(ABC):
             yield
         except Exception as error:
             try:
-                self.meter.read_rest()
                 self.save_interrupted()
             except UserError as failure:
                 logger.error("%s", failure)

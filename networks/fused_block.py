@@ -112,7 +112,8 @@ class FusedBlock:
     ) -> tuple[Tensor, Activations]:
         """As `Block.forward`: x (B, L, D), and what `backward` needs.
 
-        zero_rows: how many rows of the context are zero and not there. modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added.
+        modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added. zero_rows: how
+        many further rows of the context are zero.
         """
         self_attn, cross_attn = self.block.self_attn, self.block.cross_attn
         count = x_BLD.shape[0] * x_BLD.shape[1]

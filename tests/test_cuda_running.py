@@ -20,8 +20,7 @@ from library.anima_runtime.config import AnimaConfig
 from library.training.ema import EmaSettings, decay_after
 from library.training.guard import RATE_FACTOR, GuardSettings
 from library.training.host_copy import HostCopy, reserve_host_memory
-from library.training.processes import Vote
-from library.training.requests import Wish
+from library.training.processes import StopVote
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
 from tests.training_runs import TrainingRun, read_records, tensor_bytes
@@ -165,7 +164,7 @@ def test_a_save_holds_the_weights_of_its_step_while_recorded_steps_go_on(real_wi
     large, small = batches[::2], batches[1::2]
     train(trainer, *large[:3])
     expected, moments = weights(trainer), optimizer_state(trainer)
-    copied = copy_state(trainer.parts, trainer.state)
+    copied = copy_state(trainer.parts, lambda: trainer.state)
     thread = Thread(target=write_state, args=(tmp_path / "a-state", copied))
     thread.start()
     losses = train(trainer, small[0], large[3], small[1])
@@ -202,8 +201,8 @@ def test_a_vote_to_stop_is_answered_one_step_later():
     """A group of one process, which exchanges as several would."""
     distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        vote, nothing, stop = Vote(torch.device("cuda")), Wish.NOTHING, Wish.SAVE_AND_STOP
-        assert [vote.cast(wish) for wish in (nothing, stop, nothing, nothing)] == [nothing, nothing, stop, nothing]
+        vote = StopVote(torch.device("cuda"))
+        assert [vote.cast(wish) for wish in (False, True, False, False)] == [False, False, True, False]
     finally:
         distributed.destroy_process_group()
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
 from library.training.monitor import Monitor
-from library.training.requests import Wish
 from tests.training_runs import TrainingRun, run_group, tensor_bytes
 from train_network import NetworkTrainer
 
@@ -29,23 +28,22 @@ SCRIPT = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from library.training.processes import Vote, is_first_to_tell, sum_over_processes
-from library.training.requests import Wish
+from library.training.processes import StopVote, is_first_to_tell, sum_over_processes
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
 sum_over_processes(gradients)
-vote = Vote(accelerator.device)
-wishes = [vote.cast(wish) for wish in (Wish.SAVE_AND_STOP if rank == 1 else Wish.SAVE, Wish.NOTHING, Wish.NOTHING)]
+vote = StopVote(accelerator.device)
+flags = [vote.cast(flag) for flag in (rank == 1, False, False)]
 told = [is_first_to_tell(text) for text in ("the same", f"of {rank}")]
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
-    json.dump([wishes, [gradient.unique().tolist() for gradient in gradients], told], file)
+    json.dump([flags, [gradient.unique().tolist() for gradient in gradients], told], file)
 accelerator.wait_for_everyone()
 """
 
 
-def test_the_greatest_wish_acts_gradients_are_summed_and_one_process_tells_what_both_know(tmp_path):
+def test_a_wish_to_stop_on_one_process_stops_all_gradients_are_summed_and_one_tells_what_both_know(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     root = Path(__file__).parents[1]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -56,8 +54,8 @@ def test_the_greatest_wish_acts_gradients_are_summed_and_one_process_tells_what_
         timeout=120,
     )
     seen = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
-    for wishes, sums, _ in seen:
-        assert (wishes, sums) == ([Wish.NOTHING, Wish.SAVE_AND_STOP, Wish.NOTHING], [[3.0], [10.0]])
+    for flags, sums, _ in seen:
+        assert (flags, sums) == ([False, True, False], [[3.0], [10.0]])
     same, own = zip(*(told for _, _, told in seen), strict=True)
     assert sorted(same) == [False, True]
     assert own == (True, True)

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +68,10 @@ class NoRecords:
     def finish(self) -> tuple[list[StepRecord], float]:
         """Nothing was kept."""
         return [], 0.0
+
+    def unread(self) -> Callable[[], list[list[float]]]:
+        """Nothing is known."""
+        return list
 
 
 class LoopTrainer(BenchmarkTrainer):

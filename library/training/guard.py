@@ -55,7 +55,8 @@ class Guard:
     """Lets the optimizer step or not, and tells at log points what was left out.
 
     policy: as `GuardSettings.on_nonfinite`. reads_each_step: has the verdict read at each step even where the optimizer
-    could be told on the GPU, because more than it depends on the verdict.
+    could be told on the GPU, because more than it depends on the verdict. leaves_out: whether steps are left out at
+    all.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class Guard:
         self._policy = policy
         self._network, self._optimizer, self._scaler = network, optimizer, scaler
         self._tells_optimizer = can_be_told(optimizer) and not reads_each_step
-        self._takes_all = policy == "warn" and not scaler.is_enabled()  # fp16 leaves steps out to find its loss scale
+        self.leaves_out = policy != "warn" or scaler.is_enabled()  # fp16 leaves steps out to find its loss scale
         self._good: tuple[int, HostCopy] | None = None  # the step of the copy to go back to, and the copy
         self._rollbacks_to_it = 0
         device = next(network.parameters()).device
-        if device.type == "cuda" and not self._takes_all and not self._tells_optimizer:
+        if device.type == "cuda" and self.leaves_out and not self._tells_optimizer:
             logger.info(
                 "on_nonfinite: each step waits for the GPU, as %s cannot be told there to leave a step out",
                 type(optimizer).__name__,
@@ -88,7 +89,7 @@ class Guard:
         if self._policy == "rollback" and self._good is None:
             self._keep_copy(state.step)
         with lowered_rates(self._optimizer, state.rate_factor):
-            if self._takes_all:
+            if not self.leaves_out:
                 self._optimizer.step()
                 return torch.ones_like(loss, dtype=torch.bool)
             is_finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
@@ -107,17 +108,14 @@ class Guard:
         """
         problem = None
         for record in records:
+            state.count(record.is_finite, self.leaves_out)
             if record.is_finite:
-                state.skipped_in_a_row = 0
                 continue
-            if not self._takes_all:
-                state.skipped_steps += 1
-            state.skipped_in_a_row += 1
             if self._scaler.is_enabled() and math.isfinite(record.loss):
                 logger.info("step %d was left out: fp16's loss scale was too high for it, and is halved", record.step)
             else:
                 problem = described(record)
-                logger.warning("%s: %s", problem, "taken nonetheless" if self._takes_all else "left out")
+                logger.warning("%s: %s", problem, "left out" if self.leaves_out else "taken nonetheless")
             if state.skipped_in_a_row >= MOST_SKIPPED:
                 raise NonFiniteError(f"{MOST_SKIPPED} steps in a row are not finite. {described(record)}. {_ADVICE}")
         if problem is None:

@@ -6,7 +6,9 @@ without work for as long as the host takes to draw, judge and launch: 16 ms of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from library.training.guard import Guard, GuardSettings
@@ -45,6 +47,20 @@ class LogPoints:
         """Sends what the steps gave on its way; `look` must have been called since the last log point."""
         self._records.start(step, self._monitor.weights_norm())
         self._reached = step, rates
+
+    def state_by_now(self, state: RunState) -> Callable[[], RunState]:
+        """The state as it now is, for any thread to ask for; that waits for the numbers of steps that were not read."""
+        then, averages = replace(state), replace(self._meter.averages)
+        outcomes, leaves_out = self._records.unread(), self._guard.leaves_out
+
+        def completed() -> RunState:
+            found = outcomes()
+            averages.take_in(loss for loss, _ in found)
+            for numbers in found:
+                then.count(all(map(math.isfinite, numbers)), leaves_out)
+            return replace(then, averages=asdict(averages))
+
+        return completed
 
     def look(self, state: RunState) -> None:
         """Draws and judges the log point that was reached, if any was. UserError where that should end the run."""

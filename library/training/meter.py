@@ -5,81 +5,59 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+
+@dataclass
+class LossAverages:
+    """What is known of the losses so far. epoch_sum, epoch_steps: of the epoch that is running."""
+
+    average: float = 0.0
+    losses_read: int = 0
+    epoch_sum: float = 0.0
+    epoch_steps: int = 0
+
+    def take_in(self, losses: Iterable[float]) -> None:
+        """Of the losses of further steps; those that are not finite, whose steps are left out, go into no average."""
+        for loss in losses:
+            if math.isfinite(loss):
+                self.losses_read += 1
+                self.average += (loss - self.average) / min(self.losses_read, 50)
+                self.epoch_sum += loss
+                self.epoch_steps += 1
 
 
 class Meter:
-    """Losses stay on the device until a log point reads them, so that no step waits for the GPU."""
+    """Draws losses and speed at log points. averages: as of the last one."""
 
     def __init__(self, step: int, device: torch.device) -> None:
+        self.averages = LossAverages()
         self._device = device
-        self._pending: list[Tensor] = []
-        self._epoch_sum = 0.0
-        self._epoch_steps = 0
         self._current = 0.0
-        self._average = 0.0
-        self._losses_read = 0
         self._step_seconds: list[float] = []
         self._last_step, self._last_time = step, time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
-        """Takes in the mean loss of one step, without reading it."""
-        self._pending.append(loss)
-
     def read(self, step: int, losses: Sequence[float]) -> dict[str, float]:
-        """The curves' values at a log point after `step` steps.
+        """The curves' values at a log point after `step` steps. losses: those of the steps since the last log point.
 
-        losses: those of the steps since the last log point, the first of what was added and not read yet.
         loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
-        A loss that is not finite, whose step is left out, goes into no average.
         """
-        del self._pending[: len(losses)]
-        self._take_in(losses)
+        self.averages.take_in(losses)
+        self._current = losses[-1] if losses else self._current
         now = time.perf_counter()
         self._step_seconds.append((now - self._last_time) / (step - self._last_step))
         self._last_step, self._last_time = step, now
-        return {"loss/current": self._current, "loss/average": self._average}
+        return {"loss/current": self._current, "loss/average": self.averages.average}
 
     def close_epoch(self) -> float:
         """The mean loss of the epoch that ends here; its log point must have been read."""
-        mean = self._epoch_sum / self._epoch_steps if self._epoch_steps else math.nan
-        self._epoch_sum, self._epoch_steps = 0.0, 0
+        known = self.averages
+        mean = known.epoch_sum / known.epoch_steps if known.epoch_steps else math.nan
+        known.epoch_sum, known.epoch_steps = 0.0, 0
         return mean
-
-    def read_rest(self) -> None:
-        """Takes in what no log point has read yet, at the end of a run; waits for the device."""
-        if self._pending:
-            self._take_in(torch.stack(self._pending).tolist())
-            self._pending.clear()
-
-    def averages(self) -> dict[str, float]:
-        """What a state keeps of the losses up to the last log point, for `restore`."""
-        return {
-            "average": self._average,
-            "losses_read": self._losses_read,
-            "epoch_sum": self._epoch_sum,
-            "epoch_steps": self._epoch_steps,
-        }
-
-    def restore(self, averages: Mapping[str, float]) -> None:
-        """Goes on from what `averages` gave; from nothing where that is empty."""
-        self._average = averages.get("average", 0.0)
-        self._losses_read = int(averages.get("losses_read", 0))
-        self._epoch_sum = averages.get("epoch_sum", 0.0)
-        self._epoch_steps = int(averages.get("epoch_steps", 0))
-
-    def _take_in(self, losses: Sequence[float]) -> None:
-        for loss in losses:
-            self._current = loss
-            if not math.isfinite(loss):
-                continue
-            self._losses_read += 1
-            self._average += (loss - self._average) / min(self._losses_read, 50)
-            self._epoch_sum += loss
-            self._epoch_steps += 1
 
     def summary(self) -> str:
         """One line for the end of a run."""

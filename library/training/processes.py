@@ -14,7 +14,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
 from library.errors import UserError
-from library.training.requests import Wish
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
@@ -41,8 +40,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], others: Sequence[Tensor]) 
     sum_over_processes([*gradients, *others])
 
 
-class Vote:
-    """What any process wishes for after a step: all must save and stop after the same one, or some wait forever.
+class StopVote:
+    """Whether any process wants to stop: all must leave the loop after the same step, or one waits forever.
 
     Of several processes the answer to one step's wishes comes after the next step, so that no step waits for its GPU.
     """
@@ -51,19 +50,19 @@ class Vote:
         self._device = device
         self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
 
-    def cast(self, wish: Wish) -> Wish:
-        """Takes in this process's wish, once a step; returns the greatest of all."""
+    def cast(self, wants_to_stop: bool) -> bool:
+        """Takes in this process's wish, once a step; returns whether to stop now."""
         if not distributed.is_initialized():
-            return wish
+            return wants_to_stop
         with _naming_lost_processes():
-            greatest = self._answer()
-            wishes = torch.full((), float(wish), device=self._device)
-            distributed.all_reduce(wishes, distributed.ReduceOp.MAX)
+            stops = self._answer()
+            wishes = torch.full((), float(wants_to_stop), device=self._device)
+            distributed.all_reduce(wishes)
             self._ask(wishes)
-        return greatest
+        return stops
 
     def _ask(self, wishes: Tensor) -> None:
-        """Has the greatest wish brought to main memory, without waiting for it."""
+        """Has the sum of all wishes brought to main memory, without waiting for it."""
         if wishes.device.type != "cuda":
             self._asked = wishes, None
             return
@@ -72,13 +71,13 @@ class Vote:
         arrived.record()
         self._asked = on_host, arrived
 
-    def _answer(self) -> Wish:
+    def _answer(self) -> bool:
         if self._asked is None:
-            return Wish.NOTHING
+            return False
         wishes, arrived = self._asked
         if arrived is not None:
             arrived.synchronize()
-        return Wish(int(wishes.item()))
+        return wishes.item() > 0
 
 
 def gather_lists(own: list[Any]) -> list[Any]:

@@ -1,23 +1,13 @@
-"""Saving and stopping on demand: `touch <output_dir>/save` from anywhere that sees the disk."""
+"""Saving on demand: `touch <output_dir>/save` from anywhere that sees the disk."""
 
 from __future__ import annotations
 
 import logging
-from enum import IntEnum
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-
-class Wish(IntEnum):
-    """What may be wished for between two steps; a greater one includes the lesser."""
-
-    NOTHING = 0
-    SAVE = 1
-    SAVE_AND_STOP = 2
-
-
-_FILES = {Wish.SAVE: "save", Wish.SAVE_AND_STOP: "save_stop"}
+SAVE, SAVE_AND_STOP = "save", "save_stop"
 
 
 class SaveRequests:
@@ -26,14 +16,14 @@ class SaveRequests:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         if old := self.take():
-            logger.warning("removed %s, which was there before the run began", folder / _FILES[old])
+            logger.warning("removed %s, which was there before the run began", folder / old)
 
-    def take(self) -> Wish:
-        """What the files that lie there, removed with this, ask for."""
-        found = Wish.NOTHING
-        for wish, name in _FILES.items():
+    def take(self) -> str | None:
+        """Which of the two lies there, removed with this; save_stop where both do."""
+        found = None
+        for name in (SAVE, SAVE_AND_STOP):
             file = self._folder / name
             if file.is_file():
                 file.unlink(missing_ok=True)
-                found = wish
+                found = name
         return found

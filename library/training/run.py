@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class RunState:
     """All that changes as a run goes on, apart from weights and optimizer; saved as readable JSON.
 
     step: optimizer steps done. epoch: the epoch now running, from 0. step_in_epoch: steps of it already done.
-    averages: what the meter had averaged at the last log point. saved_at: in seconds since 1970.
+    averages: what has been averaged so far, see `LossAverages`. saved_at: when that was, in seconds since 1970.
     skipped_steps, skipped_in_a_row: optimizer steps left out because a number was not finite, as of the last log point.
     rollbacks: how often weights went back to an earlier step for it. rate_factor: what they made of the rates.
     best_validation_loss, best_step: the least validation loss so far, and after how many steps it was measured.
@@ -115,10 +114,13 @@ class RunState:
         self.best_validation_loss, self.best_step = validation_loss, self.step
         return True
 
-    def take_findings(self, later: RunState, averages: Mapping[str, float]) -> None:
-        """Takes over what a log point at this step has found in the meantime. later: the run's own state by now."""
-        self.averages = dict(averages)
-        self.skipped_steps, self.skipped_in_a_row = later.skipped_steps, later.skipped_in_a_row
+    def count(self, is_finite: bool, leaves_out: bool) -> None:
+        """Counts a step whose numbers are known. leaves_out: whether one of other numbers was left out."""
+        if is_finite:
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_steps += leaves_out
+            self.skipped_in_a_row += 1
 
     def advance(self, steps_per_epoch: int) -> bool:
         """Counts one optimizer step; True when it was the last of its epoch."""

@@ -39,7 +39,6 @@ class Save:
     """A save on its way to main memory, which training no longer changes. adapters: by the names of their files."""
 
     name: str
-    step: int
     adapters: Mapping[str, HostCopy]
     metadata: Mapping[str, str] | None
     state: StateCopy | None

@@ -11,7 +11,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -61,15 +61,23 @@ class Resumable:
 
 @dataclass(frozen=True)
 class StateCopy:
-    """A state on its way to main memory, which training no longer changes. tensors: of the network and by .pt file."""
+    """A state on its way to main memory, which training no longer changes.
+
+    tensors: of the network, and of each .pt file. run_state: gives it, once its numbers have come.
+    """
 
     tensors: HostCopy
-    run_state: RunState
+    run_state: Callable[[], RunState]
     json_files: dict[str, Any]
 
 
-def copy_state(parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | None = None) -> StateCopy:
-    """The state as it now is. snapshot: what resume_snapshot.json will hold, see `library.training.snapshot`."""
+def copy_state(
+    parts: Resumable, run_state: Callable[[], RunState], snapshot: Mapping[str, Any] | None = None
+) -> StateCopy:
+    """The state as it now is. run_state: see `StateCopy`.
+
+    snapshot: what resume_snapshot.json will hold, see `library.training.snapshot`.
+    """
     torch_parts = {
         "optimizer": optimizer_content(parts.optimizer, parts.network),
         "scaler": parts.scaler.state_dict(),
@@ -80,13 +88,14 @@ def copy_state(parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | 
         "schedule": schedule_content(parts.schedule),
         "resume_snapshot": copy.deepcopy(dict(snapshot or {})),
     }
-    return StateCopy(tensors, replace(state, saved_at=time.time()), json_files)
+    return StateCopy(tensors, run_state, json_files)
 
 
 def write_state(folder: Path, state: StateCopy) -> None:
     """Writes the state folder and reads it back. OSError where the disk does not take it."""
     tensors = dict(state.tensors.wait())
-    json_files = {"run_state": state.run_state.as_dict(), **state.json_files}
+    run_state = replace(state.run_state(), saved_at=time.time())
+    json_files = {"run_state": run_state.as_dict(), **state.json_files}
     files = {
         "network.safetensors": partial(_write_tensors, tensors.pop("network")),
         **{f"{name}.pt": partial(_write_torch, content) for name, content in tensors.items()},
@@ -98,7 +107,7 @@ def write_state(folder: Path, state: StateCopy) -> None:
 
 def save_state(folder: Path, parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | None = None) -> None:
     """Copies the state and writes its folder at once."""
-    write_state(folder, copy_state(parts, state, snapshot))
+    write_state(folder, copy_state(parts, lambda: state, snapshot))
 
 
 def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool = True) -> RunState:

@@ -44,12 +44,21 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class _Coming:
-    """Numbers on their way to main memory, and how to cut them up again."""
+    """Numbers of closed steps on their way to main memory, and how to cut them up again."""
 
     step: int
     paths: list[list[Sequence[Path]]]
     sizes: list[int]
     host: HostCopy
+
+    def read(self) -> tuple[float, list[list[Tensor]], list[list[float]]]:
+        """The extra number, each step's additions, and each step's loss and gradient norm, when all have come."""
+        extra, *numbers = torch.split(self.host.wait(), self.sizes)
+        rest, additions, outcomes = iter(numbers), [], []
+        for own in self.paths:
+            additions.append([next(rest) for _ in own])
+            outcomes.append(next(rest).tolist())
+        return extra.item(), additions, outcomes
 
 
 class StepRecords:
@@ -79,27 +88,36 @@ class StepRecords:
 
         extra: a scalar on the device, which comes along. What was started before must be finished.
         """
-        closed, numbers = self._paths[:-1], [extra.detach().float().reshape(1)]
-        if closed:
-            numbers += self._numbers
-            self._paths, self._numbers = [[]], []
-        self._coming = _Coming(step, closed, [len(each) for each in numbers], HostCopy(torch.cat(numbers)))
+        self._coming = self._sent(step, extra)
+        del self._numbers[: len(self._coming.sizes) - 1], self._paths[:-1]
 
     def finish(self) -> tuple[list[StepRecord], float]:
         """What was started, and the extra number; waits until both have come, not for later steps."""
         coming, self._coming = self._coming, None
-        extra, *numbers = torch.split(coming.host.wait(), coming.sizes)
-        rest, samples, outcomes = iter(numbers), [], []
-        for additions in coming.paths:
-            samples.append([sample for paths in additions for sample in _samples(paths, next(rest))])
-            outcomes.append(next(rest).tolist())
+        extra, additions, outcomes = coming.read()
+        samples = [
+            [sample for paths, numbers in zip(*own, strict=True) for sample in _samples(paths, numbers)]
+            for own in zip(coming.paths, additions, strict=True)
+        ]
         first = coming.step - len(coming.paths) + 1
         of_all = zip(*self._gather([samples]), strict=True)
         records = [
             StepRecord(first + index, *outcome, tuple(sample for own in of_processes for sample in own))
             for index, (outcome, of_processes) in enumerate(zip(outcomes, of_all, strict=True))
         ]
-        return records, extra.item()
+        return records, extra
+
+    def unread(self) -> Callable[[], list[list[float]]]:
+        """Loss and gradient norm of each closed step that `finish` has not given yet, when they are asked for."""
+        comings = [self._coming] if self._coming is not None else []
+        comings.append(self._sent(0, torch.zeros((), device=self._numbers[0].device if self._numbers else None)))
+        return lambda: [outcome for coming in comings for outcome in coming.read()[2]]
+
+    def _sent(self, step: int, extra: Tensor) -> _Coming:
+        closed = self._paths[:-1]
+        numbers = self._numbers[: sum(len(additions) + 1 for additions in closed)]
+        numbers = [extra.detach().float().reshape(1), *numbers]
+        return _Coming(step, closed, [len(each) for each in numbers], HostCopy(torch.cat(numbers)))
 
 
 def _samples(paths: Sequence[Path], numbers: Tensor) -> list[SampleLoss]:

@@ -20,13 +20,13 @@ def case():
     """Log points with the real parts, but for a tracker and a guard that keep what they are given."""
     drawn, judged = [], []
     tracker = SimpleNamespace(log=lambda values, step: drawn.append((step, values)), look=lambda *_: None)
-    guard = SimpleNamespace(check=lambda records, state: judged.append([record.step for record in records]))
+    check = lambda records, state: judged.append([record.step for record in records])  # noqa: E731
+    guard = SimpleNamespace(leaves_out=True, check=check)
     records, meter = StepRecords(lambda own: own), Meter(0, CPU)
     monitor = Monitor(MonitorSettings(), torch.nn.Linear(2, 2), CPU)
     points = LogPoints(records, meter, monitor, guard, tracker, lambda own: own)
 
     def step(loss):
-        meter.add(torch.tensor(loss))
         records.close_step(torch.tensor(loss), torch.tensor(0.5))
 
     return SimpleNamespace(points=points, step=step, drawn=drawn, judged=judged)
@@ -46,6 +46,26 @@ def test_a_log_point_is_drawn_as_it_was_when_it_was_reached(case):
     case.points.look(RunState(step=3))
     assert case.drawn[1][1]["loss/current"] == 9.0
     assert case.judged == [[1, 2], [3]]
+
+
+def test_a_state_has_the_numbers_of_all_its_steps_whether_or_not_they_were_read(case):
+    """One log point was looked at, one was reached, and behind that there are steps."""
+    nan = float("nan")
+    case.step(1.0)
+    case.points.reach(1, {})
+    case.points.look(RunState(step=1))
+    for loss in (nan, nan):
+        case.step(loss)
+    case.points.reach(3, {})
+    case.step(5.0)
+    own = RunState(step=4, skipped_steps=1)
+    completed = case.points.state_by_now(own)
+    case.step(nan)
+    case.points.look(own)
+    state = completed()
+    assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (4, 3, 0)
+    assert state.averages == {"average": 3.0, "losses_read": 2, "epoch_sum": 6.0, "epoch_steps": 2}
+    assert own.averages == {}
 
 
 def test_without_a_log_point_there_is_nothing_to_look_at(case):

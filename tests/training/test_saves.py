@@ -64,8 +64,8 @@ def test_the_average_is_copied_beside_the_adapter_and_the_adapter_stays(adapter,
 def test_each_adapter_is_written_in_each_format_and_the_state_beside_them(tmp_path):
     down = {"a": torch.ones(2), "a-ema": torch.zeros(2)}
     copies = {name: HostCopy({"block": {"down": tensor}}) for name, tensor in down.items()}
-    state = StateCopy(HostCopy({"network": {"down": torch.ones(2)}}), RunState(step=3), {})
-    save = Save("a", 3, copies, {"ss_seed": "1"}, state)
+    state = StateCopy(HostCopy({"network": {"down": torch.ones(2)}}), lambda: RunState(step=3), {})
+    save = Save("a", copies, {"ss_seed": "1"}, state)
     settings = SavingSettings(output_dir=tmp_path, save_precision="bf16")
     written = write_save(save, settings, ("comfy", "kohya"), export)
     names = ["a.safetensors", "a-kohya.safetensors", "a-ema.safetensors", "a-ema-kohya.safetensors", "a-state"]
@@ -79,8 +79,8 @@ def test_each_adapter_is_written_in_each_format_and_the_state_beside_them(tmp_pa
 def test_nothing_is_begun_on_a_disk_with_too_little_room(tmp_path, monkeypatch):
     """Two formats of 100 numbers in bf16, and 300 numbers of a state in float32."""
     moments = {"state": {0: [torch.ones(200)]}}
-    state = StateCopy(HostCopy({"network": {"down": torch.ones(100)}, "optimizer": moments}), RunState(), {})
-    save = Save("a", 0, {"a": HostCopy({"block": {"down": torch.ones(100)}})}, None, state)
+    state = StateCopy(HostCopy({"network": {"down": torch.ones(100)}, "optimizer": moments}), RunState, {})
+    save = Save("a", {"a": HostCopy({"block": {"down": torch.ones(100)}})}, None, state)
     settings = SavingSettings(output_dir=tmp_path, save_precision="bf16")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1599))
     with pytest.raises(OSError, match="1600 bytes are needed, 1599 are free") as caught:

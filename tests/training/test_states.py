@@ -138,7 +138,7 @@ def test_a_state_is_what_was_copied_whatever_training_did_since(tmp_path):
     train(parts, 1)
     weights = {name: tensor.clone() for name, tensor in parts.network.state_dict().items()}
     moments = parts.optimizer.state_dict()["state"][0]["exp_avg"].clone()
-    copied = states.copy_state(parts, RunState(step=1))
+    copied = states.copy_state(parts, lambda: RunState(step=1))
     train(parts, 2)
     states.write_state(tmp_path / "state", copied)
     load_state(tmp_path / "state", other)
