@@ -30,6 +30,7 @@ from library.data.summary import describe_data
 from library.data.team import Team
 from library.data.validation import as_measured, counterparts, measured_batches
 from library.errors import Problems, UserError
+from library.garbage import kept_as_is
 from library.planning.plan import RunPlan, describe_plan
 from library.planning.planner import Planner
 from library.randomness import derive_seed
@@ -247,7 +248,7 @@ class NetworkTrainer(ABC):
         stopping, vote = False, StopVote(self.device)
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
-        with closing(tracker), stop_requests() as stop, self.saving_before_errors():
+        with closing(tracker), kept_as_is(), stop_requests() as stop, self.saving_before_errors():
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
                     with explaining_lack_of_memory(window.batches):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 
-from library.garbage import uncollected
+from library.garbage import kept_as_is, uncollected
 
 
 def test_it_goes_on_also_after_an_error():
@@ -30,3 +31,23 @@ def test_inside_another_and_where_it_was_off_it_stays_off():
     finally:
         gc.enable()
     assert not work() and gc.isenabled()
+
+
+def test_the_search_passes_over_what_was_there_before():
+    class Node:
+        """Refers to itself, so that only the search frees it."""
+
+        def __init__(self):
+            self.own = self
+
+    before = Node()
+    found = weakref.ref(before)
+    with pytest.raises(ValueError), kept_as_is():
+        later = Node()
+        of_later = weakref.ref(later)
+        del before, later
+        gc.collect()
+        assert found() is not None and of_later() is None
+        raise ValueError
+    gc.collect()
+    assert found() is None

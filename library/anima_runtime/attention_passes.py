@@ -25,9 +25,10 @@ from library.anima_runtime.attention import attend
 from library.anima_runtime.attention_backends import AttentionFunction
 from library.anima_runtime.block_ops import add_zero_keys
 
-# Kernels share the backward pass out by keys and heads, and few keys leave half an H200 idle: queries in two parts, as
-# samples of their own, take 121 µs instead of 182 for 4096 queries of 512 keys.
-_FEW_KEYS = 4
+# A kernel's backward pass is shared out by heads and so many keys. With less than enough such shares for an H200 the
+# queries come in parts, as samples of their own: 74 µs instead of 181 for 4096 queries of 128 keys in 8 parts, 120 for
+# 512 keys in 2. More parts than that, or parts where there are shares enough, take longer.
+_KEYS_OF_A_SHARE, _ENOUGH_SHARES, _MOST_PARTS = 64, 256, 8
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -51,7 +52,7 @@ def attend_forward(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor,
     zeros: how many further keys and values are zero.
     """
     samples, length = q.shape[:2]
-    parts = 2 if k.shape[1] * _FEW_KEYS <= length and length % 2 == 0 else 1
+    parts = _parts(q, k)
     if parts > 1:
         q = q.reshape(samples * parts, length // parts, *q.shape[2:])
         k, v = (torch.stack([x] * parts, dim=1).flatten(0, 1) for x in (k, v))
@@ -69,6 +70,15 @@ def attend_backward(attended: Attended, dout_NE: Tensor) -> Gradients:
         dq = dq.unflatten(0, (-1, attended.parts)).flatten(1, 2)
         dk, dv = (x.unflatten(0, (-1, attended.parts)).sum(1) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _parts(q: Tensor, k: Tensor) -> int:
+    samples, length, heads, _ = q.shape
+    shares = samples * heads * -(-k.shape[1] // _KEYS_OF_A_SHARE)
+    parts = 1
+    while parts * shares < _ENOUGH_SHARES and parts < _MOST_PARTS and length % (2 * parts) == 0:
+        parts *= 2
+    return parts
 
 
 def _by_autograd(function: AttentionFunction, inputs: Gradients, zeros: int) -> tuple[Tensor, Callable]:
@@ -93,7 +103,7 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor) -> Callable[[Gradients, int], tuple
 def _by_cudnn(inputs: Gradients, zeros: int) -> tuple[Tensor, Callable]:
     q, k, v = (x.transpose(1, 2) for x in inputs)
     out, lse, *lengths, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    output = _finished(out, lse, zeros)
+    output, lse = _finished(out, lse, zeros)
 
     def pass_back(dout_BLE: Tensor) -> Gradients:
         dout = _as_heads(dout_BLE, out)
@@ -110,7 +120,7 @@ def _by_flash(inputs: Gradients, zeros: int) -> tuple[Tensor, Callable]:
     q, k, v = (x.transpose(1, 2) for x in inputs)
     out, lse, *rest, _ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     *lengths, seed, offset = rest
-    output = _finished(out, lse, zeros)
+    output, lse = _finished(out, lse, zeros)
 
     def pass_back(dout_BLE: Tensor) -> Gradients:
         dout = _as_heads(dout_BLE, out)
@@ -126,7 +136,7 @@ def _by_flash(inputs: Gradients, zeros: int) -> tuple[Tensor, Callable]:
 def _by_cpu_flash(inputs: Gradients, zeros: int) -> tuple[Tensor, Callable]:
     q, k, v = (x.transpose(1, 2) for x in inputs)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    output = _finished(out, lse, zeros)
+    output, lse = _finished(out, lse, zeros)
 
     def pass_back(dout_BLE: Tensor) -> Gradients:
         dout = _as_heads(dout_BLE, out)
@@ -137,12 +147,12 @@ def _by_cpu_flash(inputs: Gradients, zeros: int) -> tuple[Tensor, Callable]:
     return output, pass_back
 
 
-def _finished(out_BHLD: Tensor, lse: Tensor, zeros: int) -> Tensor:
-    """The result (B, L, E), changed in place, with the logarithm, for further keys."""
+def _finished(out_BHLD: Tensor, lse: Tensor, zeros: int) -> tuple[Tensor, Tensor]:
+    """The result (B, L, E), changed in place, and the logarithm, in its shape, with further keys."""
     out_BLHD = out_BHLD.transpose(1, 2)
     if zeros:
-        add_zero_keys(out_BLHD, lse.view(out_BHLD.shape[:3]), zeros)
-    return out_BLHD.flatten(2)
+        lse = add_zero_keys(out_BLHD, lse.view(out_BHLD.shape[:3]), zeros).view_as(lse)
+    return out_BLHD.flatten(2), lse
 
 
 def _as_heads(dout_BLE: Tensor, out_BHLD: Tensor) -> Tensor:

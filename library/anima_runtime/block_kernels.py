@@ -269,7 +269,7 @@ def _gelu_backward(dout, x, dx, width, dx_stride, SIZE: tl.constexpr):
 
 @triton.jit
 def _add_zero_keys(
-    out, lse, count, rows, length, heads, out_row_stride, lse_sample_stride, lse_head_stride, lse_row_stride,
+    out, lse, total_lse, count, rows, length, heads, out_row_stride, lse_sample_stride, lse_head_stride, lse_row_stride,
     SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of a row's head, head after head
@@ -284,7 +284,7 @@ def _add_zero_keys(
     here = row.to(tl.int64)[:, None] * out_row_stride + head[:, None] * SIZE + columns[None, :]
     value = tl.load(out + here, mask=kept[:, None], other=0.0).to(tl.float32) * (own / total)[:, None]
     tl.store(out + here, value.to(out.dtype.element_ty), mask=kept[:, None])
-    tl.store(lse + place, most + tl.log(total), mask=kept)
+    tl.store(total_lse + place, most + tl.log(total), mask=kept)
 
 
 @triton.jit
@@ -456,11 +456,14 @@ def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     _gelu_backward[grid](dout_NE, x_NE, dx_NE, width, dx_NE.stride(0), **GELU_LAUNCH)
 
 
-def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> None:
+def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> Tensor:
     """See `block_ops.add_zero_keys`. Heads of a row, and rows, follow each other in out."""
     samples, length, heads, size = out_BLHD.shape
     grid = (triton.cdiv(samples * length * heads, ZERO_KEYS_LAUNCH["ROWS"]),)
+    # Not in place: several warps read a row's logarithm, and one of them would write it before others have read.
+    total = torch.empty_strided(lse_BHL.shape, lse_BHL.stride(), dtype=lse_BHL.dtype, device=lse_BHL.device)
     _add_zero_keys[grid](
-        out_BLHD, lse_BHL, float(count), samples * length, length, heads, out_BLHD.stride(1), *lse_BHL.stride(),
+        out_BLHD, lse_BHL, total, float(count), samples * length, length, heads, out_BLHD.stride(1), *lse_BHL.stride(),
         SIZE=size, **ZERO_KEYS_LAUNCH,
     )  # fmt: skip
+    return total

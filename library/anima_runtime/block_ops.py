@@ -195,17 +195,16 @@ def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     dx_NE.copy_(_wide(dout_NE) * slope)
 
 
-def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> None:
+def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> Tensor:
     """Changes attention's result to what it is with so many more keys and values of zeros; see `attention_passes`.
 
-    lse: the logarithm of the sum of exp(logit) over a query's keys, float32 at least, which is changed too.
+    lse: the logarithm of the sum of exp(logit) over a query's keys, float32 at least. Returns that over all of them.
     """
     if out_BLHD.is_cuda:
-        _kernels().add_zero_keys(out_BLHD, lse_BHL, count)
-        return
+        return _kernels().add_zero_keys(out_BLHD, lse_BHL, count)
     total = torch.logaddexp(lse_BHL, torch.full_like(lse_BHL, math.log(count)))
     out_BLHD *= torch.exp(lse_BHL - total).transpose(1, 2)[..., None].to(out_BLHD.dtype)
-    lse_BHL.copy_(total)
+    return total
 
 
 class ManyCopies:
