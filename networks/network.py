@@ -36,6 +36,7 @@ class AdapterNetwork(nn.Module):
         self.multiplier = multiplier
         self.arguments = arguments
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._parts = {part_of(path) for path in adapters}  # each step asks for them
         for path, adapter in adapters.items():
             _add_under_path(self, path, adapter)
 
@@ -129,7 +130,7 @@ class AdapterNetwork(nn.Module):
 
     def trains(self, part: str) -> bool:
         """Whether any adapter belongs to "transformer", "llm_adapter" or "text_encoder"."""
-        return any(part_of(path) == part for path in self.adapters)
+        return part in self._parts
 
     @torch.no_grad()
     def apply_max_norm(self, limit: float) -> None:

@@ -15,6 +15,7 @@ from library.anima_runtime.qwen3 import load_qwen3
 from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.text_encoding import TextEncoder
 from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from library.training.flat_adamw import FlatAdamW
 from library.training.optimizers import OptimizerSettings, make_optimizer
 from library.training.speed import SpeedSettings
 from networks import loha_anima, lokr_anima, lora_anima
@@ -64,6 +65,29 @@ def test_losses_and_gradients_equal_the_cpus(tiny_anima, kind, dtype, bound):
 def test_adamw_runs_fused():
     group = {"name": "all", "params": [torch.nn.Parameter(torch.ones(3, device="cuda"))]}
     assert make_optimizer(OptimizerSettings(), [group], torch.device("cuda")).defaults["fused"] is True
+
+
+@pytest.mark.parametrize("left_out", [None, 0, 2])
+def test_flat_adamw_gives_torchs_bits(left_out):
+    """Of tensors that do and do not fill whole vectors, with steps that are left out on the device."""
+    theirs, ours = (
+        [torch.nn.Parameter(torch.full(shape, 0.5, device="cuda")) for shape in ((16, 2048), (3, 7), (1,), (70000,))]
+        for _ in range(2)
+    )
+    flat = FlatAdamW([{"params": ours[:2]}, {"params": ours[2:], "lr": 1e-2}], fused=True)
+    plain = torch.optim.AdamW([{"params": theirs[:2]}, {"params": theirs[2:], "lr": 1e-2}], fused=True)
+    flat.flatten(ours)
+    for step in range(4):
+        for expected, found in zip(theirs, ours, strict=True):
+            expected.grad = torch.randn_like(expected)
+            found.grad.copy_(expected.grad)
+        for optimizer in (plain, flat):
+            optimizer.found_inf = torch.tensor(float(step == left_out), device="cuda")
+            optimizer.step()
+    for expected, found in zip(theirs, ours, strict=True):
+        assert torch.equal(expected, found)
+        for name, value in plain.state[expected].items():
+            assert torch.equal(value, flat.state[found][name]), name
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])

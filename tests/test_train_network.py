@@ -46,6 +46,7 @@ class ToyTrainer(NetworkTrainer):
         self.device = torch.device("cpu")
         self.network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.network.weight)
+        self.trained = list(self.network.parameters())
         optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         self.parts = Resumable(self.network, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False))

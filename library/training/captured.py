@@ -41,7 +41,8 @@ class CapturedBackward:
         self._losses = losses
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
         self._works = True

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from library.errors import SettingError
+from library.training.flat_adamw import FlatAdamW
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,10 @@ _FREE = ("lr", "fused", "foreach", "capturable")
 
 def optimizer_content(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Any]:
     """For optimizer.pt: its class and arguments, the names of what it trains in its own order, and its state."""
+    # Its state is that of torch's, so that either can go on from the other's.
+    kind = torch.optim.AdamW if isinstance(optimizer, FlatAdamW) else type(optimizer)
     return {
-        "type": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+        "type": f"{kind.__module__}.{kind.__qualname__}",
         "arguments": {name: repr(value) for name, value in optimizer.defaults.items() if name not in _FREE},
         "parameters": _names(optimizer, network),
         "state_dict": optimizer.state_dict(),

@@ -20,6 +20,7 @@ from transformers import Adafactor
 
 from library.errors import SettingError
 from library.options import option, split_arguments
+from library.training.flat_adamw import FlatAdamW
 from library.training.optimizer_names import OPTIMIZER_NAMES, find_optimizer
 
 
@@ -93,6 +94,8 @@ def make_optimizer(
     cls, arguments = find_optimizer(settings.optimizer_type)[0], optimizer_arguments(settings)
     if cls is torch.optim.AdamW and device.type == "cuda" and not {"fused", "foreach"} & arguments.keys():
         arguments["fused"] = True
+    if cls is torch.optim.AdamW and arguments.get("fused"):
+        cls = FlatAdamW
     groups = [dict(group) for group in parameter_groups]
     rates = [group.get("lr", settings.learning_rate) for group in groups]
     relative_step = issubclass(cls, Adafactor) and arguments.get("relative_step", True)
