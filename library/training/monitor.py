@@ -57,7 +57,7 @@ class Monitor:
 
     def __init__(self, settings: MonitorSettings, network: nn.Module, device: torch.device) -> None:
         self._settings = settings
-        self._network = network
+        self._parameters = list(network.parameters())
         self._device = device
         ratio = settings.anima_monitor_loss_spike_ratio
         self._spikes = LossSpikes(ratio) if ratio is not None else None
@@ -65,7 +65,7 @@ class Monitor:
 
     def weights_norm(self) -> Tensor:
         """The Euclidean norm of all of the network's numbers together, on the device."""
-        return nn.utils.get_total_norm([parameter.detach() for parameter in self._network.parameters()])
+        return nn.utils.get_total_norm([parameter.detach() for parameter in self._parameters])
 
     def look(self, records: Sequence[StepRecord], weights_norm: float) -> Findings:
         """Curves and alerts at a log point. That memory is nearly full is told once, until it no longer is."""
