@@ -31,6 +31,7 @@ from library.anima_runtime.block_ops import (
 )
 from library.anima_runtime.transformer import Block
 from networks.adapter import Adapter
+from networks.aside import Aside
 from networks.joint_linear import JointLinear
 from networks.joint_lokr import JointLoKr
 from networks.lokr import LoKr
@@ -76,22 +77,23 @@ class Activations(NamedTuple):
 
 
 class FusedBlock:
-    """One block. adapters: by the path of the module in the block, those it has.
+    """One block. adapters: by the path of the module in the block, those it has. aside: computes their gradients.
 
     Each branch is x + gate * f(LayerNorm(x) * (1 + scale) + shift); `gated_norm` takes the end of one together with the
     beginning of the next.
     """
 
-    def __init__(self, block: Block, adapters: Mapping[str, Adapter]) -> None:
+    def __init__(self, block: Block, adapters: Mapping[str, Adapter], aside: Aside) -> None:
         def joint(*paths: str) -> JointLinear | JointLoKr:
-            own = [adapters.get(path) for path in paths]
-            kind = JointLoKr if any(isinstance(adapter, LoKr) for adapter in own) else JointLinear
-            return kind([block.get_submodule(path) for path in paths], own)
+            linears, own = [block.get_submodule(path) for path in paths], [adapters.get(path) for path in paths]
+            if any(isinstance(adapter, LoKr) for adapter in own):
+                return JointLoKr(linears, own)
+            return JointLinear(linears, own, aside)
 
         def norm(path: str) -> FusedNorm:
             return FusedNorm(block.get_submodule(path), adapters.get(path))
 
-        self.block = block
+        self.block, self.aside = block, aside
         self.head_size = block.self_attn.head_size
         self.qkv = joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.self_output = joint("self_attn.output_proj")
@@ -164,6 +166,7 @@ class FusedBlock:
         dmodulations: Sequence[Tensor | None] = [None] * 3
         if done.partial_BPSD is not None:
             dmodulations = summed(done.partial_BPSD).to(modulations[0].dtype).chunk(3, dim=1)
+        self.aside.join()
         gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
         return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
 

@@ -17,6 +17,7 @@ from library.anima_runtime.attention import RotaryTables
 from library.anima_runtime.block_ops import ManyCopies
 from library.anima_runtime.transformer import AnimaTransformer, Block
 from networks.adapter import NO_DROPOUT
+from networks.aside import Aside
 from networks.fused_block import FusedBlock
 from networks.lokr import LoKr
 from networks.lora import LoRA
@@ -57,11 +58,11 @@ class FusedBlocks:
     def __init__(self, transformer: AnimaTransformer, network: AdapterNetwork) -> None:
         self._network, adapters = network, network.adapters
         self._plainly = transformer.run_blocks
-        self._blocks = []
+        self._blocks, aside = [], Aside(transformer.t_embedding_norm.weight.device)
         for number, block in enumerate(transformer.blocks):
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
-            self._blocks.append(FusedBlock(block, own))
+            self._blocks.append(FusedBlock(block, own, aside))
         self._alphas: list[float] = []
         self._copies = ManyCopies(())
         self._norms = [norm for fused in self._blocks for norm in fused.norms if norm.adapter is not None]

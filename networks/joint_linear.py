@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
+from networks.aside import Aside
 from networks.lora import LoRA
 
 # Ranks are padded by zeros to multiples of what matrix units take at a time.
@@ -27,10 +28,13 @@ _MOST_LATE_RANK = 32
 
 
 class JointLinear:
-    """Linears of one input; adapters: None where one has none. Their weights become views of the joint storage."""
+    """Linears of one input; adapters: None where one has none. Their weights become views of the joint storage.
 
-    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None]) -> None:
-        self._adapters = adapters
+    aside: computes the adapters' gradients.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None], aside: Aside) -> None:
+        self._adapters, self._aside = adapters, aside
         self._in = linears[0].in_features
         self._widths = [linear.out_features for linear in linears]
         self._out = sum(self._widths)
@@ -102,21 +106,26 @@ class JointLinear:
         """The gradient of x [N, in], if wanted, and those of the parameters, float32; from those of the outputs.
 
         hidden: h as `forward_any` or `forward_late` gave it; else x is the one that `forward` took, and h beside it.
+        Those of the parameters must not be used before `Aside.join`.
         """
-        room = _room(gradients[0])
-        dy_NO, dhidden_NR = room[:, : self._out], room[:, self._out :]
-        found = []
+        room, found = _room(gradients[0]), []
         if self._rank:
-            torch.mm(dy_NO, self._storage[: self._out, self._in :], out=dhidden_NR)
+            torch.mm(room[:, : self._out], self._storage[: self._out, self._in :], out=room[:, self._out :])
             hidden_NR = _room(x_NI)[:, self._in :] if hidden_NR is None else hidden_NR
-            ddown, dup = wide_product(dhidden_NR.t(), x_NI), wide_product(dy_NO.t(), hidden_NR)
-            for number, adapter in enumerate(self._adapters):
-                if adapter is not None:
-                    ranks = slice(number * self._rank, number * self._rank + adapter.rank)
-                    # Adding many gradients at once needs all of them in order of memory.
-                    own = dup[:, ranks].narrow(0, self._starts[number], self._widths[number]).contiguous()
-                    found += [ddown[ranks], own if adapter.scale == 1 else own * adapter.scale]
+            found = self._aside.run(self._parameter_gradients, room, x_NI, hidden_NR)
         return room @ self._storage[:, : self._in] if wants_input else None, found
+
+    def _parameter_gradients(self, room: Tensor, x_NI: Tensor, hidden_NR: Tensor) -> list[Tensor]:
+        dy_NO, dhidden_NR = room[:, : self._out], room[:, self._out :]
+        ddown, dup = wide_product(dhidden_NR.t(), x_NI), wide_product(dy_NO.t(), hidden_NR)
+        found = []
+        for number, adapter in enumerate(self._adapters):
+            if adapter is not None:
+                ranks = slice(number * self._rank, number * self._rank + adapter.rank)
+                # Adding many gradients at once needs all of them in order of memory.
+                own = dup[:, ranks].narrow(0, self._starts[number], self._widths[number]).contiguous()
+                found += [ddown[ranks], own if adapter.scale == 1 else own * adapter.scale]
+        return found
 
     def _places(self, number: int) -> tuple[Tensor, Tensor]:
         """Where an adapter's down [rank, in] and up [out, rank] lie, with the padding of their ranks."""
