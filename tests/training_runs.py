@@ -91,12 +91,13 @@ def run_group(
 ) -> list[TrainingRun]:
     """The processes of one run, as a launcher starts them; their outputs go to folder/0.log, folder/1.log, …
 
-    As with a launcher, the store they share outlives them.
+    Each has a GPU of its own where there are so many. As with a launcher, the store they share outlives them.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {
         "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0", "ACCELERATE_USE_CPU": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "ACCELERATE_USE_CPU": str(int(torch.cuda.device_count() < processes)),
     }  # fmt: skip
     runs = []
     for rank in range(processes):
