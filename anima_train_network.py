@@ -285,9 +285,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return errors.mean(dim=(1, 2, 3, 4)) * inputs.weights_B
 
     def compile_blocks(self, buckets: int) -> None:
-        if not self.fuses:
-            self.transformer.lengths_vary = buckets > MOST_FIXED_SHAPES
-            compile_modules(self.transformer.blocks, self.transformer.lengths_vary)
+        self.transformer.lengths_vary = buckets > MOST_FIXED_SHAPES
+        compile_modules(self.transformer.blocks, self.transformer.lengths_vary)
         # A frozen LLM adapter runs ahead of the steps, and as it is: compiled it would round otherwise, and a cache's
         # entries depend on that.
         if not self.has_frozen_context():
@@ -304,7 +303,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
 
     def compile_obstacle(self) -> str | None:
-        if self.fuses and self.has_frozen_context():  # trying the compiler takes seconds, for nothing then
+        if self.fuses:  # trying the compiler takes seconds, for nothing then
             return "own kernels compute them (fused_blocks)"
         if self.settings.memory.blocks_to_swap:
             return "blocks_to_swap moves the weights"

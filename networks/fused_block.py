@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.attention import RMSNorm, RotaryTables
+from library.anima_runtime.attention import RotaryTables
 from library.anima_runtime.attention_passes import Attended, Gradients, attend_backward, attend_forward
 from library.anima_runtime.block_ops import (
     Gated,
@@ -32,25 +32,7 @@ from library.anima_runtime.block_ops import (
 from library.anima_runtime.transformer import Block
 from networks.adapter import Adapter
 from networks.aside import Aside
-from networks.joint_linear import JointLinear
-from networks.joint_lokr import JointLoKr
-from networks.lokr import LoKr
-from networks.norm import NormDelta
-
-
-class FusedNorm:
-    """A q or k norm with what an adapter adds to its weight.
-
-    weight [D]: as it was when `FusedBlocks` last ran, in float32 at least.
-    """
-
-    def __init__(self, norm: RMSNorm, adapter: NormDelta | None) -> None:
-        self.base = norm.weight.detach().to(torch.promote_types(norm.weight.dtype, torch.float32))
-        self.weight = self.base
-        self.adapter = adapter
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [] if self.adapter is None else [self.adapter.w_norm]
+from networks.fused_parts import FusedNorm, Joint, Parts, heads, rows
 
 
 class Activations(NamedTuple):
@@ -84,25 +66,17 @@ class FusedBlock:
     """
 
     def __init__(self, block: Block, adapters: Mapping[str, Adapter], aside: Aside) -> None:
-        def joint(*paths: str) -> JointLinear | JointLoKr:
-            linears, own = [block.get_submodule(path) for path in paths], [adapters.get(path) for path in paths]
-            if any(isinstance(adapter, LoKr) for adapter in own):
-                return JointLoKr(linears, own)
-            return JointLinear(linears, own, aside)
-
-        def norm(path: str) -> FusedNorm:
-            return FusedNorm(block.get_submodule(path), adapters.get(path))
-
+        parts = Parts(block, adapters, aside)
         self.block, self.aside = block, aside
         self.head_size = block.self_attn.head_size
-        self.qkv = joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.self_output = joint("self_attn.output_proj")
-        self.q = joint("cross_attn.q_proj")
-        self.kv = joint("cross_attn.k_proj", "cross_attn.v_proj")
-        self.cross_output = joint("cross_attn.output_proj")
-        self.wide = joint("mlp.layer1")
-        self.narrow = joint("mlp.layer2")
-        self.norms = [norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
+        self.qkv = parts.joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.self_output = parts.joint("self_attn.output_proj")
+        self.q = parts.joint("cross_attn.q_proj")
+        self.kv = parts.joint("cross_attn.k_proj", "cross_attn.v_proj")
+        self.cross_output = parts.joint("cross_attn.output_proj")
+        self.wide = parts.joint("mlp.layer1")
+        self.narrow = parts.joint("mlp.layer2")
+        self.norms = [parts.norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
         self.joints = (self.qkv, self.self_output, self.q, self.kv, self.cross_output, self.wide, self.narrow)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -125,16 +99,16 @@ class FusedBlock:
         qkv = self.qkv.forward(first.normed_ND)
         q, k = (self._normed(x, norm, rotary, x_BLD) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
         self_attended = attend_forward(self_attn.attend, q, k, self.heads(qkv[2], x_BLD))
-        self_output = self.self_output.forward_late(_rows(self_attended.output))
+        self_output = self.self_output.forward_late(rows(self_attended.output))
 
         into = self.q.empty_input(count)
         x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2, into)
         q_cross = self.q.forward(second.normed_ND)
-        context_rows = _rows(context_BSD)
+        context_rows = rows(context_BSD)
         kv, kv_hidden = self.kv.forward_any(context_rows)
         q, k = self._normed(q_cross[0], self.norms[2], None, x_BLD), self._normed(kv[0], self.norms[3], None, x_BLD)
         cross_attended = attend_forward(cross_attn.attend, q, k, self.heads(kv[1], x_BLD), zero_rows)
-        cross_output = self.cross_output.forward_late(_rows(cross_attended.output))
+        cross_output = self.cross_output.forward_late(rows(cross_attended.output))
 
         into = self.wide.empty_input(count)
         x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3, into)
@@ -172,7 +146,7 @@ class FusedBlock:
 
     def heads(self, x_NE: Tensor, x_BLD: Tensor) -> Tensor:
         """Rows [N, E] of as many samples as x has, as (B, L, heads, D)."""
-        return x_NE.unflatten(0, (len(x_BLD), -1)).unflatten(2, (-1, self.head_size))
+        return heads(x_NE, len(x_BLD), self.head_size)
 
     def _normed(self, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, x_BLD: Tensor) -> Tensor:
         """(B, L, heads, D)"""
@@ -201,7 +175,7 @@ class _BackwardPass:
         self.count = dx_BLD.shape[0] * dx_BLD.shape[1]
         self.dx_BLD = dx_BLD
         self.dnormed_ND: Tensor | None = None
-        self.found: dict[JointLinear | JointLoKr | FusedNorm, list[Tensor]] = {}
+        self.found: dict[Joint | FusedNorm, list[Tensor]] = {}
         self.partial_BPSD = empty_sums(dx_BLD, slots=9) if wants_modulations else None
 
     def pass_mlp(self) -> None:
@@ -264,13 +238,13 @@ class _BackwardPass:
 
     def _pass_attention(
         self,
-        output: JointLinear | JointLoKr,
+        output: Joint,
         gradients: Sequence[Tensor],
         attended: Attended,
         hidden_NR: Tensor | None,
     ) -> Gradients:
         """Gradients of q, k and v (B, L, heads, D), from those of the output."""
-        dattended, self.found[output] = output.backward(gradients, _rows(attended.output), hidden_NR, True)
+        dattended, self.found[output] = output.backward(gradients, rows(attended.output), hidden_NR, True)
         return attend_backward(attended, dattended)
 
     def _pass_head_norm(
@@ -279,14 +253,10 @@ class _BackwardPass:
         """The norm of q or k, from the gradient of its result (B, L, heads, D). Writes that of x to dx."""
         trains = norm.adapter is not None
         length = len(x_NE) // len(self.dx_BLD)
-        dweight = head_norm_backward(_rows(dout).flatten(1), x_NE, norm.weight, rotary, length, dx_NE, trains)
+        dweight = head_norm_backward(rows(dout).flatten(1), x_NE, norm.weight, rotary, length, dx_NE, trains)
         self.found[norm] = [dweight] if trains else []
 
 
 def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:
     shift, scale, gate = modulation_BK.chunk(3, dim=1)
     return Modulation(shift, scale), gate
-
-
-def _rows(x_BLD: Tensor) -> Tensor:
-    return x_BLD.flatten(0, 1)

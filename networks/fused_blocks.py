@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.anima_runtime.attention import RotaryTables
-from library.anima_runtime.block_ops import ManyCopies
 from library.anima_runtime.transformer import AnimaTransformer, Block
 from networks.adapter import NO_DROPOUT
 from networks.aside import Aside
 from networks.fused_block import FusedBlock
+from networks.fused_llm_adapter import FusedLLMAdapter
+from networks.fused_parts import TrainedWeights
 from networks.lokr import LoKr
 from networks.lora import LoRA
 from networks.network import AdapterNetwork
 from networks.norm import NormDelta
+from networks.targets import LLM_ADAPTER_PREFIX
 
 
 class _RunBlock(torch.autograd.Function):
@@ -63,9 +65,9 @@ class FusedBlocks:
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
             self._blocks.append(FusedBlock(block, own, aside))
-        self._alphas: list[float] = []
-        self._copies = ManyCopies(())
-        self._norms = [norm for fused in self._blocks for norm in fused.norms if norm.adapter is not None]
+        joints = [joint for fused in self._blocks for joint in fused.joints]
+        norms = [norm for fused in self._blocks for norm in fused.norms]
+        self._weights = TrainedWeights(list(adapters.values()), joints, norms)
         self._joins_modulations = not any(".adaln_modulation_" in path for path in adapters)
         if self._joins_modulations:
             self._down, self._up = _join_modulations(transformer.blocks)
@@ -82,30 +84,12 @@ class FusedBlocks:
         """See `Block.forward`. zero_rows: how many rows of the context are zero and not there."""
         if self._network.multiplier != 1:
             return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary, zero_rows)
-        self._take_linears()
-        self._take_norms()
+        self._weights.take()
         modulations = self._modulations(time_BD, shared_modulation_BK)
         for number, fused in enumerate(self._blocks):
             own = modulations[3 * number : 3 * number + 3]
             x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, zero_rows, fused, *fused.parameters())
         return x_BLD
-
-    def _take_linears(self) -> None:
-        """Brings what the adapters now hold to where products read it, times what their alphas say."""
-        alphas = [adapter.alpha for adapter in self._network.adapters.values()]
-        if alphas != self._alphas:  # at first, and when a state or a file that was loaded brought its own
-            self._alphas = alphas
-            joints = [joint for fused in self._blocks for joint in fused.joints]
-            self._copies = ManyCopies([copy for joint in joints for copy in joint.copies()])
-        self._copies.run()
-
-    @torch.no_grad()
-    def _take_norms(self) -> None:
-        """Adds what the adapters now hold to the norms' weights."""
-        if self._norms:
-            pairs = [(norm.base, norm.adapter.w_norm) for norm in self._norms]
-            for norm, weight in zip(self._norms, torch._foreach_add(*map(list, zip(*pairs, strict=True))), strict=True):
-                norm.weight = weight
 
     def _modulations(self, time_BD: Tensor, shared_BK: Tensor) -> Sequence[Tensor]:
         """Those of all branches, block after block."""
@@ -117,8 +101,14 @@ class FusedBlocks:
 
 
 def fuse_blocks(transformer: AnimaTransformer, network: AdapterNetwork) -> None:
-    """Has the transformer's blocks computed by `FusedBlocks`; `fuse_obstacle` must have found nothing."""
+    """Has the transformer's blocks computed by `FusedBlocks`; `fuse_obstacle` must have found nothing.
+
+    The LLM adapter as well, by `FusedLLMAdapter`, if gradients go through it; else it is to give the bits that caches
+    of its rows hold.
+    """
     transformer.run_blocks = FusedBlocks(transformer, network)
+    if _passes_llm_adapter(network):
+        transformer.llm_adapter.run_rows = FusedLLMAdapter(transformer.llm_adapter, network)
 
 
 def fuse_obstacle(transformer: AnimaTransformer, network: nn.Module) -> str | None:
@@ -126,21 +116,39 @@ def fuse_obstacle(transformer: AnimaTransformer, network: nn.Module) -> str | No
     if not isinstance(network, AdapterNetwork):
         return "the network is another package's"
     config = transformer.config
-    # Kernels take whole rows, whose length must be a power of 2, and four heads at a time.
-    fits = config.width.bit_count() == 1 and config.width >= max(256, 4 * config.head_size)
-    if not fits or config.mlp_width % 128 or config.head_size not in (32, 64, 128, 256):
+    fits = _fits(config.width, config.mlp_width, config.head_size)
+    parts = ["blocks."]
+    if _passes_llm_adapter(network):
+        adapter = config.llm_adapter
+        fits = fits and _fits(adapter.width, adapter.mlp_width, adapter.head_size) and _fits(adapter.context_width)
+        parts.append(LLM_ADAPTER_PREFIX)
+    if not fits:
         return "the model's widths do not fit the kernels"
+    return next(filter(None, (_obstacle_of(network, part) for part in parts)), None)
+
+
+def _passes_llm_adapter(network: AdapterNetwork) -> bool:
+    """Whether gradients go through the LLM adapter."""
+    return network.trains("llm_adapter") or network.trains("text_encoder")
+
+
+def _fits(width: int, mlp_width: int = 128, head_size: int = 32) -> bool:
+    """Kernels take whole rows, whose length must be a power of 2, and four heads at a time."""
+    is_whole = width.bit_count() == 1 and width >= max(256, 4 * head_size)
+    return is_whole and mlp_width % 128 == 0 and head_size in (32, 64, 128, 256)
+
+
+def _obstacle_of(network: AdapterNetwork, prefix: str) -> str | None:
+    """What adapters under these paths have that is not among what is computed."""
     kinds = set()
     for path, adapter in network.adapters.items():
-        if path.startswith("blocks.") and ".adaln_modulation_" not in path:
+        if path.startswith(prefix) and ".adaln_modulation_" not in path:
             if not isinstance(adapter, LoRA | LoKr | NormDelta):
                 return f"{path} has a {type(adapter).__name__}"
             if adapter.dropouts != NO_DROPOUT or adapter.dora_scale is not None:
-                return "dropout and DoRA are not among what it computes"
+                return f"dropout and DoRA are not among what it computes, as {path} has"
             kinds.add(type(adapter))
-    if {LoRA, LoKr} <= kinds:
-        return "it has both LoRA and LoKr"
-    return None
+    return f"{prefix}* have both LoRA and LoKr" if {LoRA, LoKr} <= kinds else None
 
 
 def _join_modulations(blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:

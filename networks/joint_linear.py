@@ -13,9 +13,12 @@ x [W; A]ᵀ gives the base output and h at once; the LoRA's part is left to whoe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from library.anima_runtime.block_ops import Sum
 from networks.aside import Aside
@@ -27,18 +30,25 @@ _LEAST_RANK = 16
 _MOST_LATE_RANK = 32
 
 
-class JointLinear:
-    """Linears of one input; adapters: None where one has none. Their weights become views of the joint storage.
+class Passed(NamedTuple):
+    """What the gradients of a joint's parameters are made of: the outputs' gradients with dh beside them, x, and h."""
 
-    aside: computes the adapters' gradients.
+    room: Tensor
+    x_NI: Tensor
+    hidden_NR: Tensor | None
+
+
+class JointLinear:
+    """Linears of one input and one width; adapters: None where one has none. Their weights become views of the storage.
+
+    Biases, which all have or none, are added to the outputs. aside: computes the adapters' gradients.
     """
 
     def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None], aside: Aside) -> None:
         self._adapters, self._aside = adapters, aside
         self._in = linears[0].in_features
-        self._widths = [linear.out_features for linear in linears]
-        self._out = sum(self._widths)
-        self._starts = [sum(self._widths[:number]) for number in range(len(linears))]
+        self._width = linears[0].out_features
+        self._out = self._width * len(linears)
         largest = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
         self._rank = -(-largest // _LEAST_RANK) * _LEAST_RANK
         ranks = self._rank * len(linears)
@@ -47,10 +57,10 @@ class JointLinear:
         # Once more, in the order in which kernels that add late read it; None where nothing can be left to them.
         adds_late = len(linears) == 1 and 0 < self._rank <= _MOST_LATE_RANK
         self._up_t = weight.new_zeros(self._rank, self._out) if adds_late else None
-        for linear, start in zip(linears, self._starts, strict=True):
-            place = self._storage[start : start + linear.out_features, : self._in]
+        for linear, place in zip(linears, self._storage[: self._out, : self._in].split(self._width), strict=True):
             place.copy_(linear.weight.detach())
             linear.weight.data = place
+        self._bias = joint_bias(linears, ranks)
 
     def parameters(self) -> list[nn.Parameter]:
         """Of all adapters, in the order of `backward`'s gradients."""
@@ -77,28 +87,32 @@ class JointLinear:
         room = _room(x_NI)
         if self._rank:
             torch.mm(x_NI, self._storage[self._out :, : self._in].t(), out=room[:, self._in :])
-        return list((room @ self._storage[: self._out].t()).split(self._widths, dim=1))
+        y_NO = F.linear(room, self._storage[: self._out], None if self._bias is None else self._bias[: self._out])
+        return list(y_NO.split(self._width, dim=1))
 
-    def forward_any(self, x_NI: Tensor) -> tuple[list[Tensor], Tensor | None]:
+    def empty_output(self, count: int) -> Tensor:
+        """Where `forward_any` and `forward_late` may put y and h: [N, out + ranks]."""
+        return self._storage.new_empty(count, self._storage.shape[0])
+
+    def forward_any(self, x_NI: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         """Each Linear's output [N, out], of any x, and h."""
-        y = x_NI @ self._storage[:, : self._in].t()
+        y = self._product(x_NI, into)
         y_NO, hidden_NR = y[:, : self._out], y[:, self._out :]
         if self._rank:
             y_NO.addmm_(hidden_NR, self._storage[: self._out, self._in :].t())
-        return list(y_NO.split(self._widths, dim=1)), hidden_NR
+        return list(y_NO.split(self._width, dim=1)), hidden_NR
 
-    def forward_late(self, x_NI: Tensor) -> tuple[Sum, Tensor | None]:
+    def forward_late(self, x_NI: Tensor, into: Tensor | None = None) -> tuple[Sum, Tensor | None]:
         """The only Linear's output, of any x, and h."""
         if self._up_t is None:
-            (y_NO,), hidden_NR = self.forward_any(x_NI)
+            (y_NO,), hidden_NR = self.forward_any(x_NI, into)
             return Sum(y_NO), hidden_NR
-        y = x_NI @ self._storage[:, : self._in].t()
+        y = self._product(x_NI, into)
         return Sum(y[:, : self._out], y[:, self._out :], self._up_t), y[:, self._out :]
 
     def empty_gradients(self, count: int) -> list[Tensor]:
         """Where the gradients of each Linear's output go for `backward`: [N, out]."""
-        room = self._storage.new_empty(count, self._storage.shape[0])
-        return list(room[:, : self._out].split(self._widths, dim=1))
+        return list(self.empty_output(count)[:, : self._out].split(self._width, dim=1))
 
     def backward(
         self, gradients: Sequence[Tensor], x_NI: Tensor, hidden_NR: Tensor | None, wants_input: bool
@@ -108,30 +122,107 @@ class JointLinear:
         hidden: h as `forward_any` or `forward_late` gave it; else x is the one that `forward` took, and h beside it.
         Those of the parameters must not be used before `Aside.join`.
         """
-        room, found = _room(gradients[0]), []
+        passed = self.pass_hidden(gradients, x_NI, hidden_NR)
+        found = self._aside.run(self._parameter_gradients, *passed) if self._rank else []
+        return self.input_gradient(passed) if wants_input else None, found
+
+    def pass_hidden(self, gradients: Sequence[Tensor], x_NI: Tensor, hidden_NR: Tensor | None) -> Passed:
+        """`backward` as far as dh, for `input_gradient` and `parameter_gradients`."""
+        room = _room(gradients[0])
         if self._rank:
             torch.mm(room[:, : self._out], self._storage[: self._out, self._in :], out=room[:, self._out :])
             hidden_NR = _room(x_NI)[:, self._in :] if hidden_NR is None else hidden_NR
-            found = self._aside.run(self._parameter_gradients, room, x_NI, hidden_NR)
-        return room @ self._storage[:, : self._in] if wants_input else None, found
+        return Passed(room, x_NI, hidden_NR)
 
-    def _parameter_gradients(self, room: Tensor, x_NI: Tensor, hidden_NR: Tensor) -> list[Tensor]:
-        dy_NO, dhidden_NR = room[:, : self._out], room[:, self._out :]
-        ddown, dup = wide_product(dhidden_NR.t(), x_NI), wide_product(dy_NO.t(), hidden_NR)
+    def input_gradient(self, passed: Passed) -> Tensor:
+        """That of x [N, in]."""
+        return passed.room @ self._storage[:, : self._in]
+
+    def _parameter_gradients(self, *passed: Tensor) -> list[Tensor]:
+        return parameter_gradients([self], [Passed(*passed)])[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Joints of the same ones are alike."""
+        return *self._storage.shape, self._width
+
+    def factors(self, passed: Passed) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+        """dh [ranks, N] and x [N, in], whose product is the gradient of A, and each Linear's dy [out, N] and h [N, r],
+        whose products are those of B; None without adapters."""
+        if not self._rank:
+            return None
+        outputs = passed.room[:, : self._out].t().split(self._width)
+        return passed.room[:, self._out :].t(), passed.x_NI, outputs, passed.hidden_NR.split(self._rank, dim=1)
+
+    def cut(self, ddown_RI: Tensor, dups: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters' gradients, from those of A and B with the padding of their ranks."""
         found = []
-        for number, adapter in enumerate(self._adapters):
+        for adapter, ddown, dup in zip(self._adapters, ddown_RI.split(self._rank), dups, strict=True):
             if adapter is not None:
-                ranks = slice(number * self._rank, number * self._rank + adapter.rank)
                 # Adding many gradients at once needs all of them in order of memory.
-                own = dup[:, ranks].narrow(0, self._starts[number], self._widths[number]).contiguous()
-                found += [ddown[ranks], own if adapter.scale == 1 else own * adapter.scale]
+                own = dup[:, : adapter.rank].contiguous()
+                found += [ddown[: adapter.rank], own if adapter.scale == 1 else own * adapter.scale]
         return found
+
+    def _product(self, x_NI: Tensor, into: Tensor | None) -> Tensor:
+        """y and h, which biases do not reach, side by side."""
+        weight_IO = self._storage[:, : self._in].t()
+        if self._bias is None:
+            return torch.mm(x_NI, weight_IO, out=into)
+        return torch.addmm(self._bias, x_NI, weight_IO, out=into)
 
     def _places(self, number: int) -> tuple[Tensor, Tensor]:
         """Where an adapter's down [rank, in] and up [out, rank] lie, with the padding of their ranks."""
         down = self._storage[self._out :, : self._in].narrow(0, number * self._rank, self._rank)
         up = self._storage[: self._out, self._in :].narrow(1, number * self._rank, self._rank)
-        return down, up.narrow(0, self._starts[number], self._widths[number])
+        return down, up.narrow(0, number * self._width, self._width)
+
+
+def parameter_gradients(joints: Sequence[JointLinear], passes: Sequence[Passed]) -> list[list[Tensor]]:
+    """Those of each joint's parameters, float32, in their order, from what its `pass_hidden` gave.
+
+    Of joints of as many Linears each. What lies evenly apart in memory is multiplied at once.
+    """
+    factors = [joint.factors(passed) for joint, passed in zip(joints, passes, strict=True)]
+    there = [each for each in factors if each is not None]
+    if not there:
+        return [[] for _ in joints]
+    ddowns = iter(_products([(dhidden, x) for dhidden, x, _, _ in there]))
+    members = [[(dys[number], hs[number]) for _, _, dys, hs in there] for number in range(len(there[0][2]))]
+    if len(there) == 1:
+        dups = iter([_products([member for (member,) in members])])
+    else:
+        dups = zip(*(_products(member) for member in members), strict=True)
+    return [
+        [] if own is None else joint.cut(next(ddowns), next(dups)) for joint, own in zip(joints, factors, strict=True)
+    ]
+
+
+def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """The product of each pair, by one batched product where that works."""
+    lefts, rights = (_evenly_apart(side) for side in zip(*pairs, strict=True))
+    if lefts is None or rights is None:
+        return [wide_product(left, right) for left, right in pairs]
+    return wide_product(lefts, rights).unbind()
+
+
+def _evenly_apart(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Several matrices as a batch, if they lie so in one memory."""
+    first = matrices[0]
+    places = [matrix.storage_offset() for matrix in matrices]
+    steps = {after - before for before, after in pairwise(places)}
+    kinds = {(matrix.untyped_storage().data_ptr(), matrix.shape, matrix.stride()) for matrix in matrices}
+    if len(steps) != 1 or len(kinds) != 1 or min(steps) < 0:
+        return None
+    return first.as_strided((len(matrices), *first.shape), (min(steps), *first.stride()))
+
+
+def joint_bias(linears: Sequence[nn.Linear], ranks: int = 0) -> Tensor | None:
+    """The biases, and zeros for the ranks, in one: [out + ranks]; None where there are none."""
+    if linears[0].bias is None:
+        return None
+    biases = [linear.bias.detach() for linear in linears]
+    return torch.cat([*biases, biases[0].new_zeros(ranks)])
 
 
 def _room(first: Tensor) -> Tensor:
@@ -140,8 +231,10 @@ def _room(first: Tensor) -> Tensor:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for matrices, in float32 at least."""
+    """a @ b for matrices or batches of them, in float32 at least."""
     if a.dtype in (torch.float32, torch.float64):
         return a @ b
     widens = a.is_cuda and hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
-    return torch.mm(a, b, out_dtype=torch.float32) if widens else (a @ b).float()
+    if not widens:
+        return (a @ b).float()
+    return (torch.mm if a.ndim == 2 else torch.bmm)(a, b, out_dtype=torch.float32)

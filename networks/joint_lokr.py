@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
 from library.anima_runtime.mixing import mix, mix_backward
-from networks.joint_linear import wide_product
+from networks.joint_linear import joint_bias, wide_product
 from networks.lokr import LoKr, w1_goes_first
 
 
@@ -40,6 +40,7 @@ class JointLoKr:
         self._weight_OI = torch.cat([linear.weight.detach() for linear in linears])
         for linear, place in zip(linears, self._weight_OI.split(self._widths), strict=True):
             linear.weight.data = place
+        self._bias_O = joint_bias(linears)
         self._parts = self._join(adapters)
         self._order = [adapter for adapter in adapters if adapter is not None]
         self._covers = len(self._order) == len(linears)
@@ -82,12 +83,18 @@ class JointLoKr:
         for part in self._parts:
             _take_low_rank(part)
             _write_outputs(part, x_NI, y_NO)
-        return list(y_NO.addmm_(x_NI, self._weight_OI.t()).split(self._widths, dim=1))
+        y_NO.addmm_(x_NI, self._weight_OI.t())
+        if self._bias_O is not None:
+            y_NO += self._bias_O
+        return list(y_NO.split(self._widths, dim=1))
 
-    def forward_any(self, x_NI: Tensor) -> tuple[list[Tensor], None]:
+    def empty_output(self, _count: int) -> None:
+        """There is no use for one."""
+
+    def forward_any(self, x_NI: Tensor, _into: None = None) -> tuple[list[Tensor], None]:
         return self.forward(x_NI), None
 
-    def forward_late(self, x_NI: Tensor) -> tuple[Sum, None]:
+    def forward_late(self, x_NI: Tensor, _into: None = None) -> tuple[Sum, None]:
         return Sum(self.forward(x_NI)[0]), None
 
     def empty_gradients(self, count: int) -> list[Tensor]:

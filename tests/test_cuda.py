@@ -111,7 +111,7 @@ def test_kernels_that_cannot_compute_float32_fall_back(caplog):
 @pytest.fixture(scope="module")
 def real_width_config():
     """The real widths, so that compilers meet the real kernels; few blocks, so that it stays quick."""
-    shapes = transformer_shapes(replace(REAL, depth=2, adapter_depth=1), 32128)
+    shapes = transformer_shapes(replace(REAL, depth=2, adapter_depth=2), 32128)
     return AnimaConfig.from_shapes(shapes)
 
 
@@ -145,9 +145,9 @@ def gradients_of_steps(config, speed, network, checkpointing=False, steps=3):
         (SpeedSettings(False, True, False), False),
         (SpeedSettings(True, True, False), True),
         (SpeedSettings(False, False, True), False),
-        (SpeedSettings(True, True, True), True),
+        (SpeedSettings(False, True, True), True),
     ],
-    ids=["compiled", "recorded", "both, checkpointing", "fused", "all, checkpointing"],
+    ids=["compiled", "recorded", "both, checkpointing", "fused", "fused and recorded, checkpointing"],
 )
 def test_fast_steps_give_the_plain_steps_gradients(real_width_config, network, speed, checkpointing):
     """bf16 rounds at other places when compiled: 2 % of a tensor's norm, where a wrong kernel is off by far more."""

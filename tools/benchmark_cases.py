@@ -34,7 +34,7 @@ LORA_BLOCKS = LORA | {"train_norm": False, "train_llm_adapter": False}
 EAGER = SpeedSettings(torch_compile=False, cuda_graphs=False, fused_blocks=False)
 COMPILED = SpeedSettings(torch_compile=True, cuda_graphs=False, fused_blocks=False)
 RECORDED = SpeedSettings(torch_compile=True, cuda_graphs=True, fused_blocks=False)
-FUSED = SpeedSettings(torch_compile=True, cuda_graphs=True, fused_blocks=True)
+FUSED = SpeedSettings(torch_compile=False, cuda_graphs=True, fused_blocks=True)
 # Buckets of about 1024² pixels as folders of real pictures give them.
 MIXED = tuple((side, 1024 * 1024 // side // 64 * 64) for side in range(704, 1472, 64))
 

@@ -57,7 +57,10 @@ def split_heads(x_BLE: torch.Tensor, head_size: int) -> torch.Tensor:
 def attend(
     q_BLHD: torch.Tensor, k_BSHD: torch.Tensor, v_BSHD: torch.Tensor, mask_BS: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v for every head, joined to (B, L, H * D). mask: True for the keys that take part."""
+    """softmax(q k^T / sqrt(D)) v for every head, joined to (B, L, H * D).
+
+    mask: True for the keys that take part, or what is added to their products: 0, and -inf for those that do not.
+    """
     mask_B11S = None if mask_BS is None else mask_BS[:, None, None]
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BSHD, v_BSHD))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B11S).transpose(1, 2).flatten(2)

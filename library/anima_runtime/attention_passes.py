@@ -14,6 +14,7 @@ the gradients of the q, k and v that are there.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,6 +61,13 @@ def attend_forward(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor,
     kernel = _kernel(*inputs) if function is attend else None
     output, pass_back = _by_autograd(function, inputs, zeros) if kernel is None else kernel(inputs, zeros)
     return Attended(inputs, output.reshape(samples, length, -1), parts, pass_back)
+
+
+def attend_masked_forward(q: Tensor, k: Tensor, v: Tensor, mask_BS: Tensor) -> Attended:
+    """Attention to some of the keys, see `attend`: (B, L | S, heads, D) each."""
+    inputs = tuple(x.detach() for x in (q, k, v))
+    output, pass_back = _by_autograd(partial(attend, mask_BS=mask_BS), inputs, 0)
+    return Attended(inputs, output, 1, pass_back)
 
 
 def attend_backward(attended: Attended, dout_NE: Tensor) -> Gradients:

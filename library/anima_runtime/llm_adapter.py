@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -18,6 +20,9 @@ from library.anima_runtime.attention import (
 from library.anima_runtime.config import LLMAdapterConfig
 
 _ROTARY_THETA = 10000.0
+
+# (x_BLD, mask_BL, source_BSD, source_mask_BS) -> context_BLD: embedded T5 tokens to their context rows.
+RowsFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class AdapterAttention(nn.Module):
@@ -80,11 +85,15 @@ class AdapterBlock(nn.Module):
 
 
 class LLMAdapter(nn.Module):
-    """Embedded T5 ids look at each other and at the Qwen states, layer by layer; its output is the text context."""
+    """Embedded T5 ids look at each other and at the Qwen states, layer by layer; its output is the text context.
+
+    run_rows: how all behind the embedding is computed: module by module, unless something faster takes its place.
+    """
 
     def __init__(self, config: LLMAdapterConfig) -> None:
         super().__init__()
         self.head_size = config.head_size
+        self.run_rows: RowsFunction = self._run_rows_in_turn
         self.embed = nn.Embedding(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(AdapterBlock(config) for _ in range(config.depth))
         self.out_proj = nn.Linear(config.width, config.context_width)
@@ -103,13 +112,18 @@ class LLMAdapter(nn.Module):
         are attended to, and the rows of padded T5 tokens are exactly zero.
         """
         dtype = self.norm.weight.dtype
-        rotary = self._rotary(t5_ids_BL)
-        source_rotary = self._rotary(qwen_mask_BS)
         x_BLD = self.embed(t5_ids_BL).to(residual_dtype(dtype))
-        for block in self.blocks:
-            x_BLD = block(x_BLD, t5_mask_BL, rotary, qwen_states_BSD.to(dtype), qwen_mask_BS, source_rotary)
-        context_BLD = self.norm(self.out_proj(x_BLD.to(dtype)))
+        context_BLD = self.run_rows(x_BLD, t5_mask_BL, qwen_states_BSD.to(dtype), qwen_mask_BS)
         return context_BLD.masked_fill(~t5_mask_BL[..., None], 0)
 
-    def _rotary(self, tokens_BL: torch.Tensor) -> RotaryTables:
-        return rotary_tables(axis_angles(tokens_BL.shape[1], self.head_size, _ROTARY_THETA, tokens_BL.device))
+    def _run_rows_in_turn(
+        self, x_BLD: torch.Tensor, mask_BL: torch.Tensor, source_BSD: torch.Tensor, source_mask_BS: torch.Tensor
+    ) -> torch.Tensor:
+        rotary, source_rotary = (self.rotary(mask.shape[1], mask.device) for mask in (mask_BL, source_mask_BS))
+        for block in self.blocks:
+            x_BLD = block(x_BLD, mask_BL, rotary, source_BSD, source_mask_BS, source_rotary)
+        return self.norm(self.out_proj(x_BLD.to(source_BSD.dtype)))
+
+    def rotary(self, length: int, device: torch.device) -> RotaryTables:
+        """Tables of so many positions, from 0."""
+        return rotary_tables(axis_angles(length, self.head_size, _ROTARY_THETA, device))

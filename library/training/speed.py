@@ -30,8 +30,7 @@ class SpeedSettings:
     torch_compile: bool | None = option(
         None,
         "Compile the transformer's blocks: faster steps after a minute's start. Unset: on for CUDA cards that can, in "
-        f"runs of {STEPS_WORTH_COMPILING} steps or more. With fused_blocks only a trained LLM adapter is left to "
-        "compile.",
+        f"runs of {STEPS_WORTH_COMPILING} steps or more. With fused_blocks nothing is left to compile.",
         aliases=("compile",),
     )
     cuda_graphs: bool | None = option(
@@ -39,8 +38,9 @@ class SpeedSettings:
     )
     fused_blocks: bool | None = option(
         None,
-        "Compute the transformer's blocks by this project's own kernels rather than module by module: faster, and "
-        "ready at once. Unset: on for bf16 on CUDA cards from Ampere (RTX 30) on, for LoRA and LoKr without dropout.",
+        "Compute the transformer's blocks, and a trained LLM adapter, by this project's own kernels rather than module "
+        "by module: faster, and ready at once. Unset: on for bf16 on CUDA cards from Ampere (RTX 30) on, for LoRA and "
+        "LoKr without dropout.",
     )
 
 

@@ -185,10 +185,14 @@ def test_the_models_weights_keep_their_names_and_values():
         assert torch.equal(fused.state_dict()[name], tensor), name
 
 
-def of_widths(width=2048, mlp_width=8192, head_size=128):
-    """A model of the real widths, or others, on the meta device."""
+def of_widths(width=2048, mlp_width=8192, head_size=128, llm_adapter=()):
+    """A model of the real widths, or others, on the meta device. llm_adapter: others of the LLM adapter."""
+    real = {"width": 1024, "mlp_width": 4096, "head_size": 64, "context_width": 1024}
+    adapter = replace(CONFIG.llm_adapter, **{**real, **dict(llm_adapter)})
     with torch.device("meta"):
-        return AnimaTransformer(replace(CONFIG, width=width, mlp_width=mlp_width, head_size=head_size))
+        return AnimaTransformer(
+            replace(CONFIG, width=width, mlp_width=mlp_width, head_size=head_size, llm_adapter=adapter)
+        )
 
 
 @pytest.mark.parametrize(
@@ -213,8 +217,25 @@ def test_lora_and_lokr_side_by_side_are_refused():
     """A file can hold both, for a network made by dim_from_weights."""
     model = of_widths()
     lora, lokr = (module.create_network(1.0, 4, 4.0, None, None, model) for module in (lora_anima, lokr_anima))
-    path = "blocks.0.self_attn.k_proj"
-    assert "both" in fuse_obstacle(model, AdapterNetwork({**lora.adapters, path: lokr.adapters[path]}))
+    for path in ("blocks.0.self_attn.k_proj", "llm_adapter.blocks.0.mlp.2"):
+        assert "both" in fuse_obstacle(model, AdapterNetwork({**lora.adapters, path: lokr.adapters[path]}))
+
+
+def test_what_only_the_llm_adapter_has_is_told():
+    model = of_widths()
+    lora, loha = (module.create_network(1.0, 4, 4.0, None, None, model) for module in (lora_anima, loha_anima))
+    path = "llm_adapter.blocks.0.cross_attn.o_proj"
+    found = fuse_obstacle(model, AdapterNetwork({**lora.adapters, path: loha.adapters[path]}))
+    assert found == f"{path} has a LoHa"
+
+
+@pytest.mark.parametrize("widths", [{"width": 96}, {"context_width": 768}, {"mlp_width": 72}, {"head_size": 16}])
+def test_an_llm_adapter_of_odd_widths_is_refused_where_it_is_trained(widths):
+    model = of_widths(llm_adapter=widths)
+    trained = lora_anima.create_network(1.0, 4, 4.0, None, None, model)
+    assert "widths" in fuse_obstacle(model, trained)
+    frozen = lora_anima.create_network(1.0, 4, 4.0, None, None, model, train_llm_adapter="False")
+    assert fuse_obstacle(model, frozen) is None
 
 
 def test_another_packages_network_is_refused():
