@@ -37,7 +37,7 @@ class FusedNorm:
 class Parts:
     """Makes the parts of a module with adapters, which go by the path of what they change in it.
 
-    aside: computes LoRAs' gradients.
+    aside: computes their gradients.
     """
 
     def __init__(self, module: nn.Module, adapters: Mapping[str, Adapter], aside: Aside) -> None:
@@ -48,7 +48,7 @@ class Parts:
         linears = [self._module.get_submodule(path) for path in paths]
         own = [self._adapters.get(path) for path in paths]
         if any(isinstance(adapter, LoKr) for adapter in own):
-            return JointLoKr(linears, own)
+            return JointLoKr(linears, own, self._aside)
         return JointLinear(linears, own, self._aside)
 
     def norm(self, path: str) -> FusedNorm:

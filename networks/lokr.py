@@ -192,7 +192,7 @@ def add_kronecker_(base_output: Tensor, x: Tensor, w1: Tensor, w2: Tensor) -> Te
     """
     g1, x_NII = _side_by_side(x, w1, w2)
     g1_NOI = g1.expand(len(x_NII), -1, -1)
-    if w1_goes_first(w1, w2):
+    if _w1_goes_first(w1, w2):
         inner_NOI = torch.bmm(g1_NOI, x_NII)
         base_output.view(-1, w2.shape[0]).addmm_(inner_NOI.flatten(0, 1), w2.t())
     else:
@@ -208,7 +208,7 @@ def kronecker_gradients(
     grad_NOO = grad_output.reshape(-1, g1.shape[0], w2.shape[0])
     g1_NOI = g1.expand(len(x_NII), -1, -1)
     grad_x = None
-    if w1_goes_first(w1, w2):
+    if _w1_goes_first(w1, w2):
         grad_inner_NOI = F.linear(grad_NOO, w2.t())
         if w2.shape[0] <= w2.shape[1]:
             # Not from the forward pass' inner product: a compiler would keep that, 16 MiB for each of 280 Linears.
@@ -235,7 +235,7 @@ def _side_by_side(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     return g1, x.reshape(-1, g1.shape[1], w2.shape[1])
 
 
-def w1_goes_first(w1: Tensor, w2: Tensor) -> bool:
+def _w1_goes_first(w1: Tensor, w2: Tensor) -> bool:
     """Whether w1 x leaves less than x w2ᵀ."""
     return w1.shape[0] * w2.shape[1] <= w1.shape[1] * w2.shape[0]
 

@@ -116,8 +116,9 @@ def test_two_forward_passes_may_come_before_their_backward_passes(case):
     check_equal(*results)
 
 
-@pytest.mark.parametrize("case", ["lora", "lokr, whole", "lokr, low-rank"])
-def test_a_bf16_model_gets_float32_gradients_as_good_as_the_modules(case):
+@pytest.mark.parametrize(("case", "share"), [("lora", 1.1), ("lokr, whole", 1.2), ("lokr, low-rank", 1.2)])
+def test_a_bf16_model_gets_float32_gradients_as_good_as_the_modules(case, share):
+    """share: of the modules' errors. With LoKr each product has weights that were rounded, by chance at that."""
     _, exact = loss_and_gradients(*model_and_network(*CASES[case], fuses=False))
     exact = {name: gradient for name, gradient in exact.items() if gradient is not None and name != "context"}
     errors = []
@@ -131,7 +132,7 @@ def test_a_bf16_model_gets_float32_gradients_as_good_as_the_modules(case):
         assert {gradients[name].dtype for name in exact} == {torch.float32}
         errors.append([(gradients[name] - gradient).norm() / gradient.norm() for name, gradient in exact.items()])
     plain, fused = (torch.stack(each).mean() for each in errors)
-    assert fused < 1.1 * plain < 0.03
+    assert fused < share * plain < 0.03
 
 
 @pytest.mark.parametrize("case", ["lora", "lokr, low-rank"])
