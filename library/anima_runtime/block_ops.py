@@ -1,11 +1,13 @@
 """What a transformer block computes between its matrix products, forward and backward, each as one pass over memory.
 
-Written out in plain PyTorch, which runs anywhere and says what is meant; on CUDA `block_kernels` computes the same.
+Written out in plain PyTorch, which runs anywhere and says what is meant; on CUDA `norm_kernels` and `block_kernels`
+compute the same.
 Rows N are the tokens of all samples, one after another. Statistics and sums are float32, or float64 for float64.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -76,7 +78,7 @@ def gated_norm(
 ) -> tuple[Tensor, Normed | None]:
     """x + gate * branch, and its modulated LayerNorm, which is written to normed_ND; either may be left out."""
     if x_BLD.is_cuda:
-        return _kernels().gated_norm(x_BLD, gated, modulation, normed_ND)
+        return _kernels("norm").gated_norm(x_BLD, gated, modulation, normed_ND)
     if gated is not None:
         branch_BLD = gated.branch.total().view_as(x_BLD)
         x_BLD = (_wide(x_BLD) + _wide(gated.gate_BD)[:, None] * branch_BLD).to(x_BLD.dtype)
@@ -106,7 +108,9 @@ def gated_norm_backward(
     dbranch, and those of shift, scale and gate go to `sums`, where they are wanted.
     """
     if dx_BLD.is_cuda:
-        return _kernels().gated_norm_backward(dx_BLD, dnormed_ND, x_BLD, normed, modulation, gated, dbranch_ND, sums)
+        return _kernels("norm").gated_norm_backward(
+            dx_BLD, dnormed_ND, x_BLD, normed, modulation, gated, dbranch_ND, sums
+        )
     wide = _wide(dx_BLD)
     if dnormed_ND is not None:
         rstd = normed.rstd_N.view(*wide.shape[:2], 1)
@@ -128,7 +132,7 @@ def gated_norm_backward(
 def empty_sums(x_BLD: Tensor, slots: int) -> Tensor:
     """Partial sums for `gated_norm_backward` of such x, [B, P, slots, D]; every slot must be written."""
     samples, length, width = x_BLD.shape
-    programs = _kernels().modulation_programs(samples, length) if x_BLD.is_cuda else 1
+    programs = _kernels("norm").modulation_programs(samples, length) if x_BLD.is_cuda else 1
     dtype = torch.float64 if x_BLD.dtype == torch.float64 else torch.float32
     return x_BLD.new_empty(samples, programs, slots, width, dtype=dtype)
 
@@ -246,8 +250,6 @@ def _turn(heads_NHD: Tensor, rotary: RotaryTables, length: int, forwards: bool) 
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _kernels() -> ModuleType:
+def _kernels(subject: str = "block") -> ModuleType:
     """Triton is there on CUDA only, and takes a while to import."""
-    from library.anima_runtime import block_kernels
-
-    return block_kernels
+    return importlib.import_module(f"library.anima_runtime.{subject}_kernels")

@@ -32,10 +32,18 @@ def kernels(monkeypatch):
         pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime import block_kernels
 
-    monkeypatch.setitem(block_kernels.NORM_BACKWARD_LAUNCH, "PROGRAMS", 4)
     monkeypatch.setitem(block_kernels.SUM_LAUNCH, "ROWS", 4)
     monkeypatch.setitem(block_kernels.GELU_LAUNCH, "SIZE", 256)
     return block_kernels
+
+
+@pytest.fixture
+def norm_kernels(kernels, monkeypatch):
+    """The same of `norm_kernels`."""
+    from library.anima_runtime import norm_kernels
+
+    monkeypatch.setitem(norm_kernels.BACKWARD_LAUNCH, "PROGRAMS", 4)
+    return norm_kernels
 
 
 def apart(rows):
@@ -52,27 +60,28 @@ def plain_gated_norm(x, base, hidden, weight, gate, shift, scale):
     return x, F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
 
-@pytest.fixture
-def gated_case(draw):
+@pytest.fixture(params=[16, 32], ids="rank {}".format)
+def gated_case(draw, request):
     """Inputs of x + gate * (base + hidden @ weight) and its modulated norm, and gradients of both results."""
-    shapes = [(SAMPLES, LENGTH, WIDTH), (COUNT, WIDTH), (COUNT, 16), (16, WIDTH), *[(SAMPLES, WIDTH)] * 3]
+    rank = request.param
+    shapes = [(SAMPLES, LENGTH, WIDTH), (COUNT, WIDTH), (COUNT, rank), (rank, WIDTH), *[(SAMPLES, WIDTH)] * 3]
     inputs = [draw(*shape).requires_grad_() for shape in shapes]
     return SimpleNamespace(inputs=inputs, dx=draw(*shapes[0]), dnormed=draw(*shapes[0]))
 
 
 def run_gated(case, ops, dtype, wants_modulation=True):
-    """x, normed, and gradients of x, the branch, and (shift, scale, gate), by `block_ops` or `block_kernels`."""
+    """x, normed, and gradients of x, the branch, and (shift, scale, gate), by `block_ops` or `norm_kernels`."""
     x, base, hidden, weight, gate, shift, scale = (tensor.detach().to(dtype) for tensor in case.inputs)
     gated, modulation = Gated(Sum(apart(base), apart(hidden), weight), gate), Modulation(shift, scale)
     x_out, normed = ops.gated_norm(x, gated, modulation, apart(torch.empty_like(base)))
     programs = 1 if ops is block_ops else ops.modulation_programs(SAMPLES, LENGTH)
-    partial = torch.zeros(SAMPLES, programs, 4, WIDTH, dtype=dtype)
+    partial = torch.full((SAMPLES, programs, 4, WIDTH), torch.nan, dtype=dtype)
     dbranch = apart(torch.empty_like(base))
     sums = ModulationSums(partial, 0, 3) if wants_modulation else None
     dx, dnormed = case.dx.to(dtype), case.dnormed.to(dtype).flatten(0, 1)
     dx = ops.gated_norm_backward(dx, dnormed, x_out, normed, modulation, gated, dbranch, sums)
-    found = partial.sum(1) if ops is block_ops else ops.sum_programs(partial.flatten(2)).view(SAMPLES, 4, WIDTH)
-    return [x_out, normed.normed_ND, dx, dbranch, found[:, 0], found[:, 1], found[:, 3]]
+    found = partial.sum(1)[:, [0, 1, 3]].unbind(1) if wants_modulation else []
+    return [x_out, normed.normed_ND, dx, dbranch, *found]
 
 
 def test_gated_norm_is_the_plain_formula_with_autograds_gradients(gated_case):
@@ -86,15 +95,16 @@ def test_gated_norm_is_the_plain_formula_with_autograds_gradients(gated_case):
 
 
 @pytest.mark.parametrize("wants_modulation", [True, False])
-def test_gated_norms_kernels_equal_it(gated_case, kernels, wants_modulation):
+def test_gated_norms_kernels_equal_it(gated_case, norm_kernels, wants_modulation):
     expected = run_gated(gated_case, block_ops, torch.float64, wants_modulation)
-    for found, wanted in zip(run_gated(gated_case, kernels, torch.float32, wants_modulation), expected, strict=True):
-        assert close(found, wanted)
+    found = run_gated(gated_case, norm_kernels, torch.float32, wants_modulation)
+    for result, wanted in zip(found, expected, strict=True):
+        assert close(result, wanted)
 
 
 @pytest.mark.parametrize("ops", ["plain", "kernels"])
 def test_either_half_of_gated_norm_can_be_left_out(gated_case, request, ops):
-    ops = block_ops if ops == "plain" else request.getfixturevalue("kernels")
+    ops = block_ops if ops == "plain" else request.getfixturevalue("norm_kernels")
     x, base, _, _, gate, shift, scale = (tensor.detach().float() for tensor in gated_case.inputs)
     gated, modulation, room = Gated(Sum(base), gate), Modulation(shift, scale), torch.empty_like(base)
     added, nothing = ops.gated_norm(x, gated, None, None)
@@ -105,6 +115,11 @@ def test_either_half_of_gated_norm_can_be_left_out(gated_case, request, ops):
     dbranch = torch.empty_like(base)
     assert ops.gated_norm_backward(x, None, added, None, None, gated, dbranch, None) is x
     assert close(dbranch, (gate[:, None] * x).flatten(0, 1))
+
+
+def test_partial_sums_are_added(draw, kernels):
+    partial = draw(2, 11, 40)
+    assert close(kernels.sum_programs(partial.float()), partial.sum(1), 1e-6)
 
 
 @pytest.fixture
@@ -199,19 +214,20 @@ class Launches:
         return lambda *arguments, **numbers: None
 
 
-def test_a_hundred_thousand_tokens_fit_the_grids_of_cuda(kernels, monkeypatch):
+def test_a_hundred_thousand_tokens_fit_the_grids_of_cuda(kernels, norm_kernels, monkeypatch):
     """CUDA's grids end at 65535 along all axes but the first; batch 32 at 1024 x 1024 has 131072 tokens."""
     launches = Launches()
-    for name in ("_gated_norm", "_gated_norm_backward", "_sum_programs", "_head_norm", "_head_norm_backward", "_gelu",
-                 "_gelu_backward"):  # fmt: skip
+    for name in ("_gated_norm", "_gated_norm_backward"):
+        monkeypatch.setattr(norm_kernels, name, launches)
+    for name in ("_sum_programs", "_head_norm", "_head_norm_backward", "_gelu", "_gelu_backward"):
         monkeypatch.setattr(kernels, name, launches)
     samples, length, width = 32, 4096, 2048
     x, modulation = torch.empty(samples, length, width, device="meta"), torch.empty(samples, width, device="meta")
     rows, wide = x.flatten(0, 1), torch.empty(samples * length, 8192, device="meta")
     gated, changed = Gated(Sum(rows), modulation), Modulation(modulation, modulation)
-    _, normed = kernels.gated_norm(x, gated, changed, rows)
-    partial = torch.empty(samples, kernels.modulation_programs(samples, length), 9, width, device="meta")
-    kernels.gated_norm_backward(x, rows, x, normed, changed, gated, rows, ModulationSums(partial, 0, 2))
+    _, normed = norm_kernels.gated_norm(x, gated, changed, rows)
+    partial = torch.empty(samples, norm_kernels.modulation_programs(samples, length), 9, width, device="meta")
+    norm_kernels.gated_norm_backward(x, rows, x, normed, changed, gated, rows, ModulationSums(partial, 0, 2))
     kernels.sum_programs(partial.flatten(2))
     kernels.head_norm(rows, modulation[0, :128], None, length)
     kernels.head_norm_backward(rows, rows, modulation[0, :128], None, length, rows, True)
