@@ -22,7 +22,7 @@ HEAD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
 HEAD_BACKWARD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
 ZERO_KEYS_LAUNCH = {"ROWS": 32, "num_warps": 4}
 GELU_LAUNCH = {"SIZE": 2048, "num_warps": 4}
-SUM_LAUNCH = {"ROWS": 256, "COLUMNS": 16, "num_warps": 4}
+SUM_LAUNCH = {"ROWS": 64, "COLUMNS": 16, "num_warps": 4}
 _COPY_SIZE = 2048
 
 
@@ -30,12 +30,12 @@ _COPY_SIZE = 2048
 def _sum_programs(partial, out, programs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     start = partial + tl.program_id(1).to(tl.int64) * programs * width
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, programs, ROWS):
         rows = first + tl.arange(0, ROWS)
         kept = (rows < programs)[:, None] & (columns < width)[None, :]
-        total += tl.sum(tl.load(start + rows[:, None] * width + columns[None, :], mask=kept, other=0.0), 0)
-    tl.store(out + tl.program_id(1) * width + columns, total, mask=columns < width)
+        total += tl.load(start + rows[:, None] * width + columns[None, :], mask=kept, other=0.0)
+    tl.store(out + tl.program_id(1) * width + columns, tl.sum(total, 0), mask=columns < width)
 
 
 @triton.jit
@@ -126,14 +126,15 @@ def _normal(u):
     Abramowitz and Stegun, "Handbook of Mathematical Functions", 7.1.26; its error of 7.5e-8 is far below bf16's
     rounding, and one exponential serves both.
     """
-    density = tl.exp(-0.5 * u * u)
-    t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(u))
-    series = 1.061405429
-    series = series * t - 1.453152027
-    series = series * t + 1.421413741
-    series = series * t - 0.284496736
-    series = series * t + 0.254829592
-    above = 0.5 * series * t * density
+    density = tl.exp2(u * u * -0.7213475204444817)
+    below = 1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(u)
+    t = tl.rsqrt(below * below)  # 1 / below in fewer instructions than a division
+    series = 0.5 * 1.061405429
+    series = series * t - 0.5 * 1.453152027
+    series = series * t + 0.5 * 1.421413741
+    series = series * t - 0.5 * 0.284496736
+    series = series * t + 0.5 * 0.254829592
+    above = series * t * density
     return tl.where(u > 0, 1.0 - above, above), density
 
 
