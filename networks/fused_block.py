@@ -20,19 +20,20 @@ from library.anima_runtime.block_ops import (
     ModulationSums,
     Normed,
     Sum,
+    empty_head_sums,
     empty_sums,
     gated_norm,
     gated_norm_backward,
     gelu,
     gelu_backward,
-    head_norm,
-    head_norm_backward,
+    head_norms,
+    head_norms_backward,
     summed,
 )
 from library.anima_runtime.transformer import Block
 from networks.adapter import Adapter
 from networks.aside import Aside
-from networks.fused_parts import FusedNorm, Joint, Parts, heads, rows
+from networks.fused_parts import FusedNorm, Joint, Parts, heads, norm_gradients, rows
 
 
 class Activations(NamedTuple):
@@ -97,7 +98,7 @@ class FusedBlock:
         x_first = x_BLD
         _, first = gated_norm(x_first, None, shift_scale_1, self.qkv.empty_input(count))
         qkv = self.qkv.forward(first.normed_ND)
-        q, k = (self._normed(x, norm, rotary, x_BLD) for x, norm in zip(qkv[:2], self.norms[:2], strict=True))
+        q, k = self._normed(qkv[:2], self.norms[:2], rotary, x_BLD)
         self_attended = attend_forward(self_attn.attend, q, k, self.heads(qkv[2], x_BLD))
         self_output = self.self_output.forward_late(rows(self_attended.output))
 
@@ -106,7 +107,8 @@ class FusedBlock:
         q_cross = self.q.forward(second.normed_ND)
         context_rows = rows(context_BSD)
         kv, kv_hidden = self.kv.forward_any(context_rows)
-        q, k = self._normed(q_cross[0], self.norms[2], None, x_BLD), self._normed(kv[0], self.norms[3], None, x_BLD)
+        (q,) = self._normed(q_cross, self.norms[2:3], None, x_BLD)
+        (k,) = self._normed(kv[:1], self.norms[3:], None, x_BLD)
         cross_attended = attend_forward(cross_attn.attend, q, k, self.heads(kv[1], x_BLD), zero_rows)
         cross_output = self.cross_output.forward_late(rows(cross_attended.output))
 
@@ -141,6 +143,7 @@ class FusedBlock:
         if done.partial_BPSD is not None:
             dmodulations = summed(done.partial_BPSD).to(modulations[0].dtype).chunk(3, dim=1)
         self.aside.join()
+        done.add_norms()
         gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
         return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
 
@@ -148,9 +151,13 @@ class FusedBlock:
         """Rows [N, E] of as many samples as x has, as (B, L, heads, D)."""
         return heads(x_NE, len(x_BLD), self.head_size)
 
-    def _normed(self, x_NE: Tensor, norm: FusedNorm, rotary: RotaryTables | None, x_BLD: Tensor) -> Tensor:
-        """(B, L, heads, D)"""
-        return self.heads(head_norm(x_NE, norm.weight, rotary, len(x_NE) // len(x_BLD)), x_BLD)
+    def _normed(
+        self, inputs: Sequence[Tensor], norms: Sequence[FusedNorm], rotary: RotaryTables | None, x_BLD: Tensor
+    ) -> list[Tensor]:
+        """(B, L, heads, D) each."""
+        length = len(inputs[0]) // len(x_BLD)
+        normed = head_norms(inputs, [norm.weight for norm in norms], rotary, length)
+        return [self.heads(x_NE, x_BLD) for x_NE in normed]
 
 
 class _BackwardPass:
@@ -158,7 +165,7 @@ class _BackwardPass:
 
     dx_BLD: the gradient of the residual stream as far as the pass has come, without what comes through the norm reached
     last: dnormed_ND, the gradient of its result, which the next branch takes along. found: gradients of the parameters
-    of each part. partial_BPSD: sums for the modulations' gradients, where they are wanted.
+    of each part. partial_BPSD, norm_sums_MPD: sums for gradients of modulations and of norms, where they are wanted.
     """
 
     def __init__(
@@ -177,6 +184,8 @@ class _BackwardPass:
         self.dnormed_ND: Tensor | None = None
         self.found: dict[Joint | FusedNorm, list[Tensor]] = {}
         self.partial_BPSD = empty_sums(dx_BLD, slots=9) if wants_modulations else None
+        trains = any(norm.adapter is not None for norm in fused.norms)
+        self.norm_sums_MPD = empty_head_sums(rows(dx_BLD), len(fused.norms), fused.head_size) if trains else None
 
     def pass_mlp(self) -> None:
         """The last branch, which comes first."""
@@ -201,11 +210,10 @@ class _BackwardPass:
         self.dnormed_ND = None
         dq, dk, dv = self._pass_attention(fused.cross_output, gradients, saved.cross_attended, saved.cross_output[1])
         gradients = fused.q.empty_gradients(self.count)
-        self._pass_head_norm(fused.norms[2], dq, saved.q[0], None, gradients[0])
+        self._pass_head_norms(2, (dq,), saved.q, None, gradients)
         self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, saved.second.normed_ND, None, True)
         gradients = fused.kv.empty_gradients(len(saved.context_rows))
-        self._pass_head_norm(fused.norms[3], dk, saved.kv[0], None, gradients[0])
-        fused.heads(gradients[1], self.dx_BLD).copy_(dv)
+        self._pass_head_norms(3, (dk, dv), saved.kv[:1], None, gradients)
         dcontext_NC, self.found[fused.kv] = fused.kv.backward(
             gradients, saved.context_rows, saved.kv_hidden, wants_context
         )
@@ -223,14 +231,16 @@ class _BackwardPass:
         self.dnormed_ND = None
         dq, dk, dv = self._pass_attention(fused.self_output, gradients, saved.self_attended, saved.self_output[1])
         gradients = fused.qkv.empty_gradients(self.count)
-        self._pass_head_norm(fused.norms[0], dq, saved.qkv[0], self.rotary, gradients[0])
-        self._pass_head_norm(fused.norms[1], dk, saved.qkv[1], self.rotary, gradients[1])
-        fused.heads(gradients[2], self.dx_BLD).copy_(dv)
+        self._pass_head_norms(0, (dq, dk, dv), saved.qkv[:2], self.rotary, gradients)
         dnormed_ND, self.found[fused.qkv] = fused.qkv.backward(gradients, saved.first.normed_ND, None, wants_begin)
         if wants_begin:
             self.dx_BLD = gated_norm_backward(
                 self.dx_BLD, dnormed_ND, saved.x_first, saved.first, self.shift_scales[0], None, None, self._sums(0, 0)
             )
+
+    def add_norms(self) -> None:
+        """Last of all, the gradients of the norms that train."""
+        self.found |= norm_gradients(self.fused.norms, self.norm_sums_MPD)
 
     def _sums(self, norm: int, gate: int) -> ModulationSums | None:
         """For shift and scale of one branch, counted from 0, and the gate of another."""
@@ -247,14 +257,20 @@ class _BackwardPass:
         dattended, self.found[output] = output.backward(gradients, rows(attended.output), hidden_NR, True)
         return attend_backward(attended, dattended)
 
-    def _pass_head_norm(
-        self, norm: FusedNorm, dout: Tensor, x_NE: Tensor, rotary: RotaryTables | None, dx_NE: Tensor
+    def _pass_head_norms(
+        self,
+        first: int,
+        gradients: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        rotary: RotaryTables | None,
+        into: Sequence[Tensor],
     ) -> None:
-        """The norm of q or k, from the gradient of its result (B, L, heads, D). Writes that of x to dx."""
-        trains = norm.adapter is not None
-        length = len(x_NE) // len(self.dx_BLD)
-        dweight = head_norm_backward(rows(dout).flatten(1), x_NE, norm.weight, rotary, length, dx_NE, trains)
-        self.found[norm] = [dweight] if trains else []
+        """The norms from number `first`, and v beside them, if given, from the gradients (B, L, heads, D) of each."""
+        norms = slice(first, first + len(inputs))
+        weights = [norm.weight for norm in self.fused.norms[norms]]
+        length = len(inputs[0]) // len(self.dx_BLD)
+        sums = None if self.norm_sums_MPD is None else self.norm_sums_MPD[norms]
+        head_norms_backward([rows(x).flatten(1) for x in gradients], inputs, weights, rotary, length, into, sums)
 
 
 def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:

@@ -133,8 +133,8 @@ def _passes_llm_adapter(network: AdapterNetwork) -> bool:
 
 
 def _fits(width: int, mlp_width: int = 128, head_size: int = 32) -> bool:
-    """Kernels take whole rows, whose length must be a power of 2, and four heads at a time."""
-    is_whole = width.bit_count() == 1 and width >= max(256, 4 * head_size)
+    """Kernels take whole rows, whose length must be a power of 2."""
+    is_whole = width.bit_count() == 1 and width >= 256
     return is_whole and mlp_width % 128 == 0 and head_size in (32, 64, 128, 256)
 
 

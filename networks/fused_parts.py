@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.attention import RMSNorm
-from library.anima_runtime.block_ops import ManyCopies
+from library.anima_runtime.block_ops import ManyCopies, summed
 from networks.adapter import Adapter
 from networks.aside import Aside
 from networks.joint_linear import JointLinear
@@ -104,3 +104,9 @@ def rows(x_BLD: Tensor) -> Tensor:
 def heads(x_NE: Tensor, samples: int, head_size: int) -> Tensor:
     """Rows [N, E] of so many samples as (B, L, heads, D)."""
     return x_NE.unflatten(0, (samples, -1)).unflatten(2, (-1, head_size))
+
+
+def norm_gradients(norms: Sequence[FusedNorm], sums_MPD: Tensor | None) -> dict[FusedNorm, list[Tensor]]:
+    """The gradients of those norms' parameters from partial sums, which must be there if any of them trains."""
+    dweights = [None] * len(norms) if sums_MPD is None else summed(sums_MPD)
+    return {norm: [] if norm.adapter is None else [dweight] for norm, dweight in zip(norms, dweights, strict=True)}

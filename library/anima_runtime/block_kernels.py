@@ -1,7 +1,7 @@
 """Triton kernels of `block_ops`, whose functions say what each computes. Imported on CUDA only.
 
-Sums over rows (gradients of norm weights) are left as one partial sum a program, added afterwards in a fixed order, so
-that two runs give the same bits.
+Sums over rows are left as one partial sum a program by the kernels of norms and of heads, and added here in a fixed
+order, so that two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from library.anima_runtime.attention import RotaryTables
-
-_EPS = 1e-6
-# Rows, columns or heads a program takes at a time, and its warps; measured on an H200 (docs/performance.md).
-HEAD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
-HEAD_BACKWARD_LAUNCH = {"ROWS": 16, "HEADS": 4, "num_warps": 4}
+# Rows or columns a program takes at a time, and its warps; measured on an H200 (docs/performance.md).
 ZERO_KEYS_LAUNCH = {"ROWS": 32, "num_warps": 4}
 GELU_LAUNCH = {"SIZE": 2048, "num_warps": 4}
 SUM_LAUNCH = {"ROWS": 64, "COLUMNS": 16, "num_warps": 4}
@@ -36,87 +31,6 @@ def _sum_programs(partial, out, programs, width, ROWS: tl.constexpr, COLUMNS: tl
         kept = (rows < programs)[:, None] & (columns < width)[None, :]
         total += tl.load(start + rows[:, None] * width + columns[None, :], mask=kept, other=0.0)
     tl.store(out + tl.program_id(1) * width + columns, tl.sum(total, 0), mask=columns < width)
-
-
-@triton.jit
-def _head_norm(
-    x, norm, cos, sin, out, count, length, x_stride, eps, WIDTH: tl.constexpr, HALF: tl.constexpr,
-    HAS_ROTARY: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = (places < count)[:, None]
-    rows = places.to(tl.int64)
-    half = tl.arange(0, HALF)
-    norm_a = tl.load(norm + half)[None, :]
-    norm_b = tl.load(norm + HALF + half)[None, :]
-    if HAS_ROTARY:
-        angle = (places % length)[:, None] * HALF + half[None, :]
-        c = tl.load(cos + angle)
-        s = tl.load(sin + angle)
-    for head in tl.static_range(HEADS):
-        first = (tl.program_id(1) * HEADS + head) * 2 * HALF + half
-        here = rows[:, None] * x_stride + first[None, :]
-        a = tl.load(x + here, mask=kept, other=0.0).to(tl.float32)
-        b = tl.load(x + here + HALF, mask=kept, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
-        a *= rstd[:, None] * norm_a
-        b *= rstd[:, None] * norm_b
-        if HAS_ROTARY:
-            turned = a * c - b * s
-            b = b * c + a * s
-            a = turned
-        there = rows[:, None] * WIDTH + first[None, :]
-        tl.store(out + there, a.to(out.dtype.element_ty), mask=kept)
-        tl.store(out + there + HALF, b.to(out.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _head_norm_backward(
-    dout, x, norm, cos, sin, dx, partial, count, length, dout_stride, x_stride, dx_stride, eps,
-    HALF: tl.constexpr, HAS_ROTARY: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
-    places = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    kept = (places < count)[:, None]
-    rows = places.to(tl.int64)
-    half = tl.arange(0, HALF)
-    norm_a = tl.load(norm + half)[None, :]
-    norm_b = tl.load(norm + HALF + half)[None, :]
-    sum_a = tl.zeros((ROWS, HALF), tl.float32)
-    sum_b = tl.zeros((ROWS, HALF), tl.float32)
-    if HAS_ROTARY:
-        angle = (places % length)[:, None] * HALF + half[None, :]
-        c = tl.load(cos + angle)
-        s = tl.load(sin + angle)
-    for head in tl.static_range(HEADS):
-        first = (tl.program_id(1) * HEADS + head) * 2 * HALF + half
-        here = rows[:, None] * x_stride + first[None, :]
-        a = tl.load(x + here, mask=kept, other=0.0).to(tl.float32)
-        b = tl.load(x + here + HALF, mask=kept, other=0.0).to(tl.float32)
-        here = rows[:, None] * dout_stride + first[None, :]
-        da = tl.load(dout + here, mask=kept, other=0.0).to(tl.float32)
-        db = tl.load(dout + here + HALF, mask=kept, other=0.0).to(tl.float32)
-        rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * HALF) + eps)
-        a *= rstd[:, None]
-        b *= rstd[:, None]
-        if HAS_ROTARY:
-            turned = da * c + db * s
-            db = db * c - da * s
-            da = turned
-        if WEIGHT:
-            sum_a += da * a
-            sum_b += db * b
-        da *= norm_a
-        db *= norm_b
-        along = (tl.sum(da * a, 1) + tl.sum(db * b, 1)) / (2 * HALF)
-        da = rstd[:, None] * (da - a * along[:, None])
-        db = rstd[:, None] * (db - b * along[:, None])
-        there = rows[:, None] * dx_stride + first[None, :]
-        tl.store(dx + there, da.to(dx.dtype.element_ty), mask=kept)
-        tl.store(dx + there + HALF, db.to(dx.dtype.element_ty), mask=kept)
-    if WEIGHT:
-        sums = partial + (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * 2 * HALF
-        tl.store(sums + half, tl.sum(sum_a, 0))
-        tl.store(sums + HALF + half, tl.sum(sum_b, 0))
 
 
 @triton.jit
@@ -234,43 +148,6 @@ def sum_programs(partial_BPK: Tensor) -> Tensor:
     grid = (triton.cdiv(width, SUM_LAUNCH["COLUMNS"]), samples)
     _sum_programs[grid](partial_BPK, out, programs, width, **SUM_LAUNCH)
     return out
-
-
-def head_norm(x_NE: Tensor, weight_D: Tensor, rotary: RotaryTables | None, length: int) -> Tensor:
-    """See `block_ops.head_norm`."""
-    (count, width), head_size = x_NE.shape, len(weight_D)
-    out = x_NE.new_empty(count, width)
-    _head_norm[_head_grid(count, width // head_size, HEAD_LAUNCH)](
-        x_NE, weight_D, *(rotary or (x_NE, x_NE)), out, count, length, x_NE.stride(0), _EPS,
-        WIDTH=width, HALF=head_size // 2, HAS_ROTARY=rotary is not None, **HEAD_LAUNCH,
-    )  # fmt: skip
-    return out
-
-
-def head_norm_backward(
-    dout_NE: Tensor,
-    x_NE: Tensor,
-    weight_D: Tensor,
-    rotary: RotaryTables | None,
-    length: int,
-    dx_NE: Tensor,
-    wants_weight: bool,
-) -> Tensor | None:
-    """See `block_ops.head_norm_backward`."""
-    (count, width), head_size = x_NE.shape, len(weight_D)
-    grid, partial = _head_grid(count, width // head_size, HEAD_BACKWARD_LAUNCH), x_NE
-    if wants_weight:
-        partial = x_NE.new_empty(grid[0] * grid[1], head_size, dtype=torch.float32)
-    _head_norm_backward[grid](
-        dout_NE, x_NE, weight_D, *(rotary or (x_NE, x_NE)), dx_NE, partial,
-        count, length, dout_NE.stride(0), x_NE.stride(0), dx_NE.stride(0), _EPS,
-        HALF=head_size // 2, HAS_ROTARY=rotary is not None, WEIGHT=wants_weight, **HEAD_BACKWARD_LAUNCH,
-    )  # fmt: skip
-    return sum_programs(partial[None])[0] if wants_weight else None
-
-
-def _head_grid(count: int, heads: int, launch: dict[str, int]) -> tuple[int, int]:
-    return triton.cdiv(count, launch["ROWS"]), heads // launch["HEADS"]
 
 
 def gelu(x_NE: Tensor, out_NE: Tensor) -> None:

@@ -1,7 +1,7 @@
 """What a transformer block computes between its matrix products, forward and backward, each as one pass over memory.
 
-Written out in plain PyTorch, which runs anywhere and says what is meant; on CUDA `norm_kernels` and `block_kernels`
-compute the same.
+Written out in plain PyTorch, which runs anywhere and says what is meant; on CUDA `norm_kernels`, `head_kernels` and
+`block_kernels` compute the same.
 Rows N are the tokens of all samples, one after another. Statistics and sums are float32, or float64 for float64.
 """
 
@@ -143,42 +143,62 @@ def summed(partial_BPSD: Tensor) -> Tensor:
     return _kernels().sum_programs(partial_BPK) if partial_BPK.is_cuda else partial_BPK.sum(1)
 
 
-def head_norm(x_NE: Tensor, weight_D: Tensor, rotary: RotaryTables | None, length: int) -> Tensor:
-    """RMSNorm of each head, and its rotation, if any: [N, heads * D].
+def head_norms(
+    inputs: Sequence[Tensor], weights: Sequence[Tensor], rotary: RotaryTables | None, length: int
+) -> list[Tensor]:
+    """RMSNorm of each head, and its rotation, if any, of one or two inputs, q and k: [N, heads * D] each.
 
-    weight: float32 at least. rotary: of `length` positions, which the rows pass through again and again.
+    inputs: alike in shape and strides. weights: [D] each, float32 at least. rotary: of `length` positions, which the
+    rows pass through again and again.
     """
-    if x_NE.is_cuda:
-        return _kernels().head_norm(x_NE, weight_D, rotary, length)
-    heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
-    heads = F.rms_norm(heads, weight_D.shape, weight_D.to(heads.dtype), _EPS)
-    if rotary is not None:
-        heads = _turn(heads, rotary, length, forwards=True)
-    return heads.flatten(1).to(x_NE.dtype)
+    if inputs[0].is_cuda:
+        return _kernels("head").head_norms(inputs, weights, rotary, length)
+    outputs = []
+    for x_NE, weight_D in zip(inputs, weights, strict=True):
+        heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
+        heads = F.rms_norm(heads, weight_D.shape, weight_D.to(heads.dtype), _EPS)
+        if rotary is not None:
+            heads = _turn(heads, rotary, length, forwards=True)
+        outputs.append(heads.flatten(1).to(x_NE.dtype))
+    return outputs
 
 
-def head_norm_backward(
-    dout_NE: Tensor,
-    x_NE: Tensor,
-    weight_D: Tensor,
+def head_norms_backward(
+    gradients: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
     rotary: RotaryTables | None,
     length: int,
-    dx_NE: Tensor,
-    wants_weight: bool,
-) -> Tensor | None:
-    """Writes the gradient of `head_norm`'s x to dx; returns that of its weight [D], if wanted."""
-    if dout_NE.is_cuda:
-        return _kernels().head_norm_backward(dout_NE, x_NE, weight_D, rotary, length, dx_NE, wants_weight)
-    heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
-    rstd = (heads.square().mean(-1, keepdim=True) + _EPS).rsqrt()
-    unit = heads * rstd
-    d = _wide(dout_NE).unflatten(-1, (-1, len(weight_D)))
-    if rotary is not None:
-        d = _turn(d, rotary, length, forwards=False)
-    dweight = (d * unit).sum((0, 1)) if wants_weight else None
-    d = d * weight_D.to(d.dtype)
-    dx_NE.copy_((rstd * (d - unit * (d * unit).mean(-1, keepdim=True))).flatten(1))
-    return dweight
+    into: Sequence[Tensor],
+    sums_MPD: Tensor | None,
+) -> None:
+    """Writes the gradients of `head_norms`' inputs, alike in strides, to `into`.
+
+    Those of the weights go to sums, where they are wanted: partial sums, from which `summed` makes gradients. A
+    gradient more than there are inputs, v's, is copied to its place.
+    """
+    if gradients[0].is_cuda:
+        _kernels("head").head_norms_backward(gradients, inputs, weights, rotary, length, into, sums_MPD)
+        return
+    for number, (x_NE, weight_D) in enumerate(zip(inputs, weights, strict=True)):
+        heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
+        rstd = (heads.square().mean(-1, keepdim=True) + _EPS).rsqrt()
+        unit = heads * rstd
+        d = _wide(gradients[number]).unflatten(-1, (-1, len(weight_D)))
+        if rotary is not None:
+            d = _turn(d, rotary, length, forwards=False)
+        if sums_MPD is not None:
+            sums_MPD[number, 0] = (d * unit).sum((0, 1))
+        d = d * weight_D.to(d.dtype)
+        into[number].copy_((rstd * (d - unit * (d * unit).mean(-1, keepdim=True))).flatten(1))
+    if len(gradients) > len(inputs):
+        into[len(inputs)].copy_(gradients[-1])
+
+
+def empty_head_sums(x_NE: Tensor, norms: int, head_size: int) -> Tensor:
+    """Partial sums for `head_norms_backward` of so many norms, and no more rows than x: [M, P, D]."""
+    programs = _kernels("head").head_programs(*x_NE.shape) if x_NE.is_cuda else 1
+    return x_NE.new_empty(norms, programs, head_size, dtype=torch.promote_types(x_NE.dtype, torch.float32))
 
 
 def gelu(x_NE: Tensor, out_NE: Tensor) -> None:

@@ -46,6 +46,15 @@ def norm_kernels(kernels, monkeypatch):
     return norm_kernels
 
 
+@pytest.fixture
+def head_kernels(kernels, monkeypatch):
+    """The same of `head_kernels`."""
+    from library.anima_runtime import head_kernels
+
+    monkeypatch.setitem(head_kernels.LAUNCH, "PROGRAMS", 4)
+    return head_kernels
+
+
 def apart(rows):
     """The same rows with others' columns between them, as in a room."""
     return torch.cat([rows, torch.full_like(rows[:, :16], torch.nan)], dim=1)[:, : rows.shape[1]]
@@ -124,32 +133,55 @@ def test_partial_sums_are_added(draw, kernels):
 
 @pytest.fixture
 def head_case(draw):
+    """q, k and v, the norms' weights, gradients of the results, and rotary tables."""
     return SimpleNamespace(
-        x=draw(COUNT, WIDTH).requires_grad_(), weight=draw(HEAD).requires_grad_(), dout=draw(COUNT, WIDTH),
+        inputs=[draw(COUNT, WIDTH).requires_grad_() for _ in range(3)],
+        weights=[draw(HEAD).requires_grad_() for _ in range(2)], gradients=[draw(COUNT, WIDTH) for _ in range(3)],
         rotary=(draw(LENGTH, HEAD // 2), draw(LENGTH, HEAD // 2)),
     )  # fmt: skip
 
 
-def run_heads(case, ops, dtype, turns):
-    x, weight, dout = (tensor.detach().to(dtype) for tensor in (case.x, case.weight, case.dout))
+def run_heads(case, ops, dtype, turns, norms, copies):
+    """Results, gradients of the inputs (v's with them, if it is copied), and those of the weights, of so many norms."""
+    inputs, weights, gradients = (
+        [tensor.detach().to(dtype) for tensor in tensors] for tensors in (case.inputs, case.weights, case.gradients)
+    )
+    inputs, weights = [apart(x) for x in inputs[:norms]], weights[:norms]
+    gradients = gradients[:norms] + gradients[2:] * copies
     rotary = tuple(table.to(dtype) for table in case.rotary) if turns else None
-    dx = apart(torch.empty_like(x))
-    out = ops.head_norm(apart(x), weight, rotary, LENGTH)
-    return [out, dx, ops.head_norm_backward(dout, apart(x), weight, rotary, LENGTH, dx, True)]
+    into = [apart(torch.empty_like(x)) for x in gradients]
+    sums = block_ops.empty_head_sums(gradients[0], norms, HEAD)
+    if ops is not block_ops:
+        sums = torch.full((norms, ops.head_programs(COUNT, WIDTH), HEAD), torch.nan)
+    outputs = ops.head_norms(inputs, weights, rotary, LENGTH)
+    ops.head_norms_backward(gradients, inputs, weights, rotary, LENGTH, into, sums)
+    return [*outputs, *into, *sums.sum(1)]
 
 
+def plain_heads(case, turns, norms, copies):
+    """The same by autograd."""
+    outputs = []
+    for x, weight in zip(case.inputs[:norms], case.weights, strict=False):
+        heads = F.rms_norm(x.view(SAMPLES, LENGTH, -1, HEAD), (HEAD,), weight, 1e-6)
+        if turns:
+            cos, sin = (table[:, None] for table in case.rotary)
+            a, b = heads.chunk(2, dim=-1)
+            heads = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        outputs.append(heads.reshape(COUNT, WIDTH))
+    leaves = case.inputs[:norms] + case.weights[:norms]
+    found = torch.autograd.grad(outputs, leaves, case.gradients[:norms])
+    return [*outputs, *found[:norms], *case.gradients[2:] * copies, *found[norms:]]
+
+
+@pytest.mark.parametrize(("norms", "copies"), [(1, False), (2, False), (1, True), (2, True)])
 @pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize(("ops", "dtype", "bound"), [("plain", torch.float64, 1e-12), ("kernels", torch.float32, 1e-5)])
-def test_head_norm_is_the_plain_formula_with_autograds_gradients(head_case, request, turns, ops, dtype, bound):
-    ops = block_ops if ops == "plain" else request.getfixturevalue("kernels")
-    heads = F.rms_norm(head_case.x.view(SAMPLES, LENGTH, -1, HEAD), (HEAD,), head_case.weight, 1e-6)
-    if turns:
-        cos, sin = (table[:, None] for table in head_case.rotary)
-        a, b = heads.chunk(2, dim=-1)
-        heads = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
-    out = heads.reshape(COUNT, WIDTH)
-    expected = [out, *torch.autograd.grad((out * head_case.dout).sum(), (head_case.x, head_case.weight))]
-    for found, wanted in zip(run_heads(head_case, ops, dtype, turns), expected, strict=True):
+def test_head_norms_are_the_plain_formula_with_autograds_gradients(
+    head_case, request, norms, copies, turns, ops, dtype, bound
+):
+    ops = block_ops if ops == "plain" else request.getfixturevalue("head_kernels")
+    expected = plain_heads(head_case, turns, norms, copies)
+    for found, wanted in zip(run_heads(head_case, ops, dtype, turns, norms, copies), expected, strict=True):
         assert close(found, wanted, bound)
 
 
@@ -214,12 +246,14 @@ class Launches:
         return lambda *arguments, **numbers: None
 
 
-def test_a_hundred_thousand_tokens_fit_the_grids_of_cuda(kernels, norm_kernels, monkeypatch):
+def test_a_hundred_thousand_tokens_fit_the_grids_of_cuda(kernels, norm_kernels, head_kernels, monkeypatch):
     """CUDA's grids end at 65535 along all axes but the first; batch 32 at 1024 x 1024 has 131072 tokens."""
     launches = Launches()
     for name in ("_gated_norm", "_gated_norm_backward"):
         monkeypatch.setattr(norm_kernels, name, launches)
-    for name in ("_sum_programs", "_head_norm", "_head_norm_backward", "_gelu", "_gelu_backward"):
+    for name in ("_head_norms", "_head_norms_backward"):
+        monkeypatch.setattr(head_kernels, name, launches)
+    for name in ("_sum_programs", "_gelu", "_gelu_backward"):
         monkeypatch.setattr(kernels, name, launches)
     samples, length, width = 32, 4096, 2048
     x, modulation = torch.empty(samples, length, width, device="meta"), torch.empty(samples, width, device="meta")
@@ -229,9 +263,9 @@ def test_a_hundred_thousand_tokens_fit_the_grids_of_cuda(kernels, norm_kernels, 
     partial = torch.empty(samples, norm_kernels.modulation_programs(samples, length), 9, width, device="meta")
     norm_kernels.gated_norm_backward(x, rows, x, normed, changed, gated, rows, ModulationSums(partial, 0, 2))
     kernels.sum_programs(partial.flatten(2))
-    kernels.head_norm(rows, modulation[0, :128], None, length)
-    kernels.head_norm_backward(rows, rows, modulation[0, :128], None, length, rows, True)
+    head_kernels.head_norms([rows], [modulation[0, :128]], None, length)
+    head_kernels.head_norms_backward([rows], [rows], [modulation[0, :128]], None, length, [rows], None)
     kernels.gelu(wide, wide)
     kernels.gelu_backward(wide, wide, wide)
-    assert len(launches.grids) == 8
+    assert len(launches.grids) == 7
     assert all(size <= 65535 for grid in launches.grids for size in grid[1:])

@@ -243,6 +243,6 @@ def test_another_packages_network_is_refused():
     assert "another package" in fuse_obstacle(of_widths(), nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("widths", [{"width": 128, "head_size": 32}, {"width": 768}, {"width": 256}, {"mlp_width": 72}])
+@pytest.mark.parametrize("widths", [{"width": 128, "head_size": 32}, {"width": 768}, {"mlp_width": 72}])
 def test_widths_that_the_kernels_cannot_take_are_refused(widths):
     assert "widths" in fuse_obstacle(of_widths(**widths), AdapterNetwork({}))
