@@ -17,7 +17,7 @@ from library.anima_runtime.attention import RotaryTables
 _EPS = 1e-6
 # Numbers a program takes at a time, its warps, and a tensor's programs where they take rows again and again; measured
 # on an H200 (docs/performance.md) at 1024, 4096 and 16384 rows of 2048.
-LAUNCH = {"SIZE": 4096, "PROGRAMS": 264, "num_warps": 4}
+LAUNCH = {"SIZE": 4096, "PROGRAMS": 528, "num_warps": 4}
 
 
 @triton.jit

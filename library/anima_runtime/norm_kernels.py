@@ -18,10 +18,8 @@ _EPS = 1e-6
 # of 2048. BRANCH_ROWS: of a residual without a norm, which has registers left to read a LoRA's weights less often.
 LAUNCH = {"ROWS": 2, "BRANCH_ROWS": 4, "num_warps": 4}
 # PROGRAMS of a launch, one a multiprocessor, each of which takes rows again and again and loads some turns ahead:
-# STAGES. HALF_ROWS: of one half, norm or branch, alone.
+# STAGES. HALF_ROWS: of one half, norm or branch, alone. A LoRA's weights stay in registers, where rank 16 has room.
 BACKWARD_LAUNCH = {"ROWS": 1, "HALF_ROWS": 2, "PROGRAMS": 132, "STAGES": 4, "num_warps": 8}
-# A LoRA's weights of larger ranks do not fit into the registers that are left.
-_MOST_KEPT_RANK = 16
 
 
 @triton.jit
@@ -80,7 +78,7 @@ def _gated_norm_backward(
     dx, dnormed, x, mean_in, rstd_in, scale,
     base, hidden, weight, hidden_stride, weight_stride, gate, dx_out, dbranch, partial,
     length, modulation_stride, base_stride, dbranch_stride, gate_stride, slots, norm_slot, gate_slot,
-    WIDTH: tl.constexpr, RANK: tl.constexpr, KEPT_RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
+    WIDTH: tl.constexpr, RANK: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_NORM: tl.constexpr,
     MODULATION: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1)
@@ -89,9 +87,9 @@ def _gated_norm_backward(
         up = 1.0 + tl.load(scale + sample * modulation_stride + columns).to(tl.float32)
     if HAS_BRANCH:
         opening = tl.load(gate + sample * gate_stride + columns).to(tl.float32)
-    if KEPT_RANK:
-        ranks = tl.arange(0, KEPT_RANK)
-        kept_weight = tl.load(weight + ranks[:, None] * weight_stride + columns[None, :])
+    if RANK:
+        ranks = tl.arange(0, RANK)
+        late = tl.load(weight + ranks[:, None] * weight_stride + columns[None, :])
     dshift = tl.zeros((WIDTH,), tl.float32)
     dscale = tl.zeros((WIDTH,), tl.float32)
     dgate = tl.zeros((WIDTH,), tl.float32)
@@ -108,9 +106,8 @@ def _gated_norm_backward(
             mean = tl.load(mean_in + rows, mask=kept, other=0.0)
             rstd = tl.load(rstd_in + rows, mask=kept, other=0.0)
         if HAS_BRANCH and MODULATION:
-            branch = _load_sum(base, hidden, weight, rows, kept, columns, base_stride, hidden_stride, weight_stride,
-                               RANK - KEPT_RANK)  # fmt: skip
-            if KEPT_RANK:
+            branch = tl.load(base + rows[:, None] * base_stride + columns[None, :], mask=kept[:, None], other=0.0)
+            if RANK:
                 a = tl.load(hidden + rows[:, None] * hidden_stride + ranks[None, :], mask=kept[:, None], other=0.0)
         value = value.to(tl.float32)
         if HAS_NORM:
@@ -127,8 +124,9 @@ def _gated_norm_backward(
             there = rows[:, None] * dbranch_stride + columns[None, :]
             tl.store(dbranch + there, (value * opening[None, :]).to(dbranch.dtype.element_ty), mask=kept[:, None])
             if MODULATION:
-                if KEPT_RANK:
-                    branch += tl.sum(a.to(tl.float32)[:, :, None] * kept_weight.to(tl.float32)[None, :, :], 1)
+                branch = branch.to(tl.float32)
+                if RANK:
+                    branch += tl.sum(a.to(tl.float32)[:, :, None] * late.to(tl.float32)[None, :, :], 1)
                 dgate += tl.sum(value * branch, 0)
     if MODULATION:
         sums = partial + (sample * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * slots * WIDTH
@@ -178,17 +176,17 @@ def gated_norm_backward(
     dx_out = dx_BLD if dnormed_ND is None else torch.empty_like(dx_BLD)
     dbranch = dx_BLD if dbranch_ND is None else dbranch_ND
     partial, norm_slot, gate_slot = sums or (dx_BLD, 0, 0)
-    rank = 0 if sums is None else _rank(branch)
     is_half = gated is None or dnormed_ND is None
     _gated_norm_backward[(modulation_programs(samples, length), samples)](
         dx_BLD, dx_BLD if dnormed_ND is None else dnormed_ND, x_BLD, mean, rstd, scale,
         branch.base_NK, *_late_arguments(branch), gate, dx_out, dbranch, partial,
         length, scale.stride(0), branch.base_NK.stride(0), dbranch.stride(0), gate.stride(0),
         partial.shape[-2], norm_slot, gate_slot,
-        WIDTH=width, RANK=rank, KEPT_RANK=rank if rank <= _MOST_KEPT_RANK else 0, HAS_BRANCH=gated is not None,
+        WIDTH=width, RANK=0 if sums is None else _rank(branch), HAS_BRANCH=gated is not None,
         HAS_NORM=dnormed_ND is not None, MODULATION=sums is not None,
-        ROWS=BACKWARD_LAUNCH["HALF_ROWS" if is_half else "ROWS"], STAGES=_stages(dx_BLD, rank),
-        num_warps=BACKWARD_LAUNCH["num_warps"],
+        ROWS=BACKWARD_LAUNCH["HALF_ROWS" if is_half else "ROWS"], num_warps=BACKWARD_LAUNCH["num_warps"],
+        # What is loaded ahead takes shared memory: 72 KiB of 2048 columns in bf16.
+        STAGES=BACKWARD_LAUNCH["STAGES"] if dx_BLD.element_size() == 2 else 1,
     )  # fmt: skip
     return dx_out
 
@@ -196,11 +194,6 @@ def gated_norm_backward(
 def modulation_programs(samples: int, length: int) -> int:
     """How many partial sums `gated_norm_backward` leaves for each sample."""
     return min(max(1, BACKWARD_LAUNCH["PROGRAMS"] // samples), length)
-
-
-def _stages(dx_BLD: Tensor, rank: int) -> int:
-    """What is loaded ahead takes shared memory: 72 KiB of 2048 columns in bf16; larger ranks' weights took too much."""
-    return BACKWARD_LAUNCH["STAGES"] if dx_BLD.element_size() == 2 and rank <= _MOST_KEPT_RANK else 1
 
 
 def _late_arguments(x: Sum) -> tuple[Tensor, Tensor, int, int]:

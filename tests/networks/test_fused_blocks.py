@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_the_modules(case, checkpointing):
 @pytest.mark.parametrize("dim", [16, 40])
 @pytest.mark.parametrize("length", [8, 30])
 def test_every_rank_and_context_length_is_served(dim, length):
-    """Ranks above 32 are added at once, and queries of few keys come in parts."""
+    """Ranks above 16 are added at once, and queries of few keys come in parts."""
     check_equal(
         *(loss_and_gradients(*model_and_network(lora_anima, {}, fuses, dim), length) for fuses in (False, True))
     )

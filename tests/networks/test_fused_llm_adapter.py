@@ -94,7 +94,7 @@ def test_rows_and_gradients_are_those_of_the_modules(case):
 @pytest.mark.parametrize("dim", [16, 40])
 @pytest.mark.parametrize(("captions", "least"), [([(3, 1)], 0), ([(3, 2)], 64), ([(40, 3), (5, 30)], 0)])
 def test_every_rank_and_number_of_rows_is_served(dim, captions, least):
-    """Ranks above 32 are added at once."""
+    """Ranks above 16 are added at once."""
     inputs = padded(captions, least)
     check_equal(
         *(rows_and_gradients(*model_and_network(lora_anima, {}, fuses, dim), inputs) for fuses in (False, True))
