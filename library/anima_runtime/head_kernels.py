@@ -184,8 +184,8 @@ def head_norms_backward(
 
 
 def head_programs(count: int, width: int) -> int:
-    """How many partial sums `head_norms_backward` leaves for each weight."""
-    return min(LAUNCH["PROGRAMS"], triton.cdiv(count, _rows(width)))
+    """How many partial sums `head_norms_backward` leaves for each weight; adding them up costs more than a turn."""
+    return min(LAUNCH["PROGRAMS"], triton.cdiv(count, 2 * _rows(width)))
 
 
 def _rows(width: int) -> int:
