@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.training.gradient_sums import add_gradients
+
 logger = logging.getLogger(__name__)
 
 # Runs before a capture, in which compilers and libraries settle on their kernels and workspaces.
@@ -44,6 +46,7 @@ class CapturedBackward:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # one: libraries keep a workspace of 64 MiB for each
         self._graphs: dict[tuple[Any, ...], _Captured] = {}
         self._works = True
 
@@ -78,23 +81,20 @@ class CapturedBackward:
     def _capture(self, inputs: Any) -> _Captured:
         static = type(inputs)(*(tensor.clone() for tensor in inputs))
         share = torch.zeros((), device=inputs[0].device)  # so that warming up adds nothing
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
                 self._accumulate(static, share)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads (loading, curves) may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             losses = self._accumulate(static, share)
         return _Captured(graph, static, share, losses)
 
     def _accumulate(self, inputs: Any, share: Tensor) -> Tensor:
         losses = self._losses(inputs)
-        gradients = torch.autograd.grad(losses.sum() * share, self._parameters, allow_unused=True)
-        pairs = [(p.grad, g) for p, g in zip(self._parameters, gradients, strict=True) if g is not None]
-        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+        add_gradients(losses.sum() * share, self._parameters)
         return losses.detach()
 
 
