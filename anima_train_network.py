@@ -25,6 +25,7 @@ from library.anima_runtime.flow import add_noise, velocity_target
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
 from library.anima_runtime.low_memory import check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
+from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.qwen3 import load_qwen3, plan_qwen3
 from library.anima_runtime.recorded import RecordedForward
@@ -51,7 +52,13 @@ from library.planning.plan import RunPlan
 from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
-from library.training.choices import attention_choice, attention_wanted, choose_checkpointing
+from library.training.choices import (
+    Choice,
+    attention_choice,
+    attention_wanted,
+    choose_checkpointing,
+    choose_parking,
+)
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
 from library.training.processes import is_first_to_tell
@@ -59,6 +66,7 @@ from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
 from networks.fused_blocks import fuse_blocks, fuse_obstacle
+from networks.fused_checkpoint import parked_bytes
 from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
@@ -104,7 +112,7 @@ class ContextInputs(NamedTuple):
 class AnimaNetworkTrainer(NetworkTrainer):
     """What is Anima's own in a training run."""
 
-    fuses = False
+    fuses = parks = False
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
@@ -297,8 +305,22 @@ class AnimaNetworkTrainer(NetworkTrainer):
             return "fp8_base and blocks_to_swap change how weights lie in memory"
         return fuse_obstacle(self.transformer, self.network) or kernel_obstacle(self.device)
 
-    def fuse_blocks(self) -> None:
-        fuse_blocks(self.transformer, self.network)
+    def choose_parking(self, fuses: bool) -> Choice:
+        pixels = max(
+            (
+                width * height * dataset.batch_size
+                for dataset in self.settings.datasets
+                for width, height in dataset.sizes
+            ),
+            default=0,
+        )
+        tokens = pixels // (8 * self.config.patch_size) ** 2
+        needed = parked_bytes(self.config, tokens, self.dtype) * self.accelerator.num_processes
+        return choose_parking(self.settings.run, self.device, self.checkpoints, fuses, needed)
+
+    def fuse_blocks(self, parks: bool) -> None:
+        self.parks = parks
+        fuse_blocks(self.transformer, self.network, Parking(self.device) if parks else None)
         self.fuses = True
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
 
@@ -327,6 +349,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             "cache_latents = true": not (data.caches_latents or changes_pictures),
             "cache_text_encoder_outputs = true": not (data.caches_text or self.network.trains("text_encoder")),
             "gradient_checkpointing = true": not self.checkpoints,
+            "cpu_offload_checkpointing = true": self.checkpoints and self.fuses and not self.parks,
             "fp8_base = true": not memory.fp8_base,
             f"blocks_to_swap = {self.config.depth // 2}": memory.blocks_to_swap == 0,
         }

@@ -379,8 +379,9 @@ class NetworkTrainer(ABC):
         )  # fmt: skip
         speed, before, device = settings.speed, self.before, self.device
         fuses = choose_fusing(speed, before, device, self.dtype, self.fuse_obstacle)
+        parks = self.choose_parking(bool(fuses.value))
         if fuses.value:
-            self.fuse_blocks()
+            self.fuse_blocks(bool(parks.value))
         compiles = choose_compiling(speed, before, device, total_steps, bool(fuses.value), self.compile_obstacle())
         if compiles.value:
             self.compile_blocks(buckets)
@@ -391,7 +392,7 @@ class NetworkTrainer(ABC):
                 self.trained = optimizer.flatten(self.trained)
                 torch.cuda.empty_cache()  # where the weights were, as much again would stay reserved
             self.captured = CapturedBackward(self.losses, self.network.parameters())
-        self.choices += [fuses, compiles, captures]
+        self.choices += [fuses, parks, compiles, captures]
         logger.info("%s", told(self.choices))
 
     @abstractmethod
@@ -399,7 +400,11 @@ class NetworkTrainer(ABC):
         """Why the model's blocks cannot be computed by own kernels; None where nothing is known against it."""
 
     @abstractmethod
-    def fuse_blocks(self) -> None:
+    def choose_parking(self, fuses: bool) -> Choice:
+        """Whether what gradient checkpointing keeps waits in main memory. fuses: whether own kernels compute blocks."""
+
+    @abstractmethod
+    def fuse_blocks(self, parks: bool) -> None:
         """Has the blocks computed by own kernels."""
 
     def compile_obstacle(self) -> str | None:

@@ -7,7 +7,7 @@ function.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,27 +36,70 @@ from networks.aside import Aside
 from networks.fused_parts import FusedNorm, Joint, Parts, heads, norm_gradients, rows
 
 
-class Activations(NamedTuple):
-    """What a block's forward pass leaves for the backward pass."""
+class Given(NamedTuple):
+    """What a block takes beside the residual stream.
 
-    x_first: Tensor
-    first: Normed
+    modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added. zero_rows: how many
+    rows of the context are zero and not there.
+    """
+
+    modulations: Sequence[Tensor]
+    context_BSD: Tensor
+    rotary: RotaryTables
+    zero_rows: int
+
+
+class Output(NamedTuple):
+    """What a branch's last Linear gives to the gate, None if not known, and what its LoRA made of the input, if any."""
+
+    branch: Sum | None = None
+    hidden_NR: Tensor | None = None
+
+
+class SelfAttention(NamedTuple):
+    """What the first branch leaves for the backward pass. x: the residual stream before the branch."""
+
+    x_BLD: Tensor
+    normed: Normed
     qkv: list[Tensor]
-    self_attended: Attended
-    self_output: tuple[Sum, Tensor | None]
-    x_second: Tensor
-    second: Normed
+    attended: Attended
+    output: Output = Output()
+
+
+class CrossAttention(NamedTuple):
+    """The same of the second."""
+
+    x_BLD: Tensor
+    normed: Normed
     q: list[Tensor]
     context_rows: Tensor
     kv: list[Tensor]
     kv_hidden: Tensor | None
-    cross_attended: Attended
-    cross_output: tuple[Sum, Tensor | None]
-    x_third: Tensor
-    third: Normed
+    attended: Attended
+    output: Output = Output()
+
+
+class MLP(NamedTuple):
+    """The same of the third."""
+
+    x_BLD: Tensor
+    normed: Normed
     wide: list[Tensor]
     activated: Tensor
-    narrow: tuple[Sum, Tensor | None]
+    output: Output = Output()
+
+
+Branch = SelfAttention | CrossAttention | MLP
+
+
+class Tape(Protocol):
+    """Has what the branches leave, from the first to the last, and gives it back from the last to the first."""
+
+    def keep(self, branch: Branch) -> None:
+        """Takes what a branch leaves, all of it known."""
+
+    def take(self, wants_output: bool) -> Any:
+        """What the last branch left that was not yet taken. wants_output: whether `output.branch` must be known."""
 
 
 class FusedBlock:
@@ -84,68 +127,85 @@ class FusedBlock:
         """All adapters', in the order of `backward`'s gradients."""
         return [parameter for part in (*self.joints, *self.norms) for parameter in part.parameters()]
 
-    def forward(
-        self, x_BLD: Tensor, modulations: Sequence[Tensor], context_BSD: Tensor, rotary: RotaryTables, zero_rows: int
-    ) -> tuple[Tensor, Activations]:
-        """As `Block.forward`: x (B, L, D), and what `backward` needs.
-
-        modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added. zero_rows: how
-        many further rows of the context are zero.
-        """
-        self_attn, cross_attn = self.block.self_attn, self.block.cross_attn
-        count = x_BLD.shape[0] * x_BLD.shape[1]
-        (shift_scale_1, gate_1), (shift_scale_2, gate_2), (shift_scale_3, gate_3) = map(_parts, modulations)
-        x_first = x_BLD
-        _, first = gated_norm(x_first, None, shift_scale_1, self.qkv.empty_input(count))
-        qkv = self.qkv.forward(first.normed_ND)
-        q, k = self._normed(qkv[:2], self.norms[:2], rotary, x_BLD)
-        self_attended = attend_forward(self_attn.attend, q, k, self.heads(qkv[2], x_BLD))
-        self_output = self.self_output.forward_late(rows(self_attended.output))
-
-        into = self.q.empty_input(count)
-        x_second, second = gated_norm(x_first, Gated(self_output[0], gate_1), shift_scale_2, into)
-        q_cross = self.q.forward(second.normed_ND)
-        context_rows = rows(context_BSD)
-        kv, kv_hidden = self.kv.forward_any(context_rows)
-        (q,) = self._normed(q_cross, self.norms[2:3], None, x_BLD)
-        (k,) = self._normed(kv[:1], self.norms[3:], None, x_BLD)
-        cross_attended = attend_forward(cross_attn.attend, q, k, self.heads(kv[1], x_BLD), zero_rows)
-        cross_output = self.cross_output.forward_late(rows(cross_attended.output))
-
-        into = self.wide.empty_input(count)
-        x_third, third = gated_norm(x_second, Gated(cross_output[0], gate_2), shift_scale_3, into)
-        wide = self.wide.forward(third.normed_ND)
-        activated = torch.empty_like(wide[0])
-        gelu(wide[0], activated)
-        narrow = self.narrow.forward_late(activated)
-        x_out, _ = gated_norm(x_third, Gated(narrow[0], gate_3), None)
-        return x_out, Activations(
-            x_first, first, qkv, self_attended, self_output, x_second, second, q_cross, context_rows, kv, kv_hidden,
-            cross_attended, cross_output, x_third, third, wide, activated, narrow,
-        )  # fmt: skip
+    def forward(self, x_BLD: Tensor, given: Given, tape: Tape | None) -> Tensor:
+        """As `Block.forward`: x (B, L, D). What `backward` needs goes to the tape, if there is one."""
+        former = None
+        for number in range(3):
+            x_BLD, former = self.run(number, x_BLD, former, given, tape)
+        return gated_norm(x_BLD, Gated(former, _parts(given.modulations[2])[1]), None)[0]
 
     def backward(
-        self,
-        dx_BLD: Tensor,
-        saved: Activations,
-        modulations: Sequence[Tensor],
-        rotary: RotaryTables,
-        wants_x: bool,
-        wants_modulations: bool,
-        wants_context: bool,
+        self, dx_BLD: Tensor, tape: Tape, given: Given, wants_x: bool, wants_modulations: bool, wants_context: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None, list[Tensor]]:
         """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
-        done = _BackwardPass(self, saved, modulations, rotary, dx_BLD, wants_modulations)
+        done = _BackwardPass(self, tape, given, dx_BLD, wants_modulations)
         done.pass_mlp()
         dcontext_BSD = done.pass_cross_attention(wants_context)
         done.pass_self_attention(wants_x or wants_modulations)
         dmodulations: Sequence[Tensor | None] = [None] * 3
         if done.partial_BPSD is not None:
-            dmodulations = summed(done.partial_BPSD).to(modulations[0].dtype).chunk(3, dim=1)
+            dmodulations = summed(done.partial_BPSD).to(given.modulations[0].dtype).chunk(3, dim=1)
         self.aside.join()
         done.add_norms()
         gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
         return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
+
+    def run(
+        self, number: int, x_BLD: Tensor, former: Sum | None, given: Given, tape: Tape | None
+    ) -> tuple[Tensor, Sum]:
+        """Runs a branch, counted from 0: the residual stream before it, and what it gives to its gate.
+
+        former: what the branch before it gave to its own gate; None if x has that already.
+        """
+        x_BLD, normed = self.begin(number, x_BLD, former, given)
+        branch = self.run_inside(number, x_BLD, normed, given)
+        output = self.output_of(branch)
+        if tape is not None:
+            tape.keep(branch._replace(output=output))
+        return x_BLD, output.branch
+
+    def begin(self, number: int, x_BLD: Tensor, former: Sum | None, given: Given) -> tuple[Tensor, Normed]:
+        """The residual stream before a branch, and its norm."""
+        gated = None if former is None else Gated(former, _parts(given.modulations[number - 1])[1])
+        into = (self.qkv, self.q, self.wide)[number].empty_input(x_BLD.shape[0] * x_BLD.shape[1])
+        return gated_norm(x_BLD, gated, _parts(given.modulations[number])[0], into)
+
+    def run_inside(self, number: int, x_BLD: Tensor, normed: Normed, given: Given) -> Branch:
+        """A branch from behind its norm to before its last product."""
+        return (self._run_self_attention, self._run_cross_attention, self._run_mlp)[number](x_BLD, normed, given)
+
+    def own_heads(self, x_BLD: Tensor, normed: Normed, given: Given) -> tuple[list[Tensor], Gradients]:
+        """q, k and v of self-attention: rows as the product gives them, and heads as attention takes them."""
+        qkv = self.qkv.forward(normed.normed_ND)
+        q, k = self._normed(qkv[:2], self.norms[:2], given.rotary, x_BLD)
+        return qkv, (q, k, self.heads(qkv[2], x_BLD))
+
+    def _run_self_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> SelfAttention:
+        qkv, own = self.own_heads(x_BLD, normed, given)
+        return SelfAttention(x_BLD, normed, qkv, attend_forward(self.block.self_attn.attend, *own))
+
+    def _run_cross_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> CrossAttention:
+        q = self.q.forward(normed.normed_ND)
+        context_rows = rows(given.context_BSD)
+        kv, kv_hidden = self.kv.forward_any(context_rows)
+        (q_heads,) = self._normed(q, self.norms[2:3], None, x_BLD)
+        (k_heads,) = self._normed(kv[:1], self.norms[3:], None, x_BLD)
+        v_heads = self.heads(kv[1], x_BLD)
+        attended = attend_forward(self.block.cross_attn.attend, q_heads, k_heads, v_heads, given.zero_rows)
+        return CrossAttention(x_BLD, normed, q, context_rows, kv, kv_hidden, attended)
+
+    def _run_mlp(self, x_BLD: Tensor, normed: Normed, _given: Given) -> MLP:
+        wide = self.wide.forward(normed.normed_ND)
+        activated = torch.empty_like(wide[0])
+        gelu(wide[0], activated)
+        return MLP(x_BLD, normed, wide, activated)
+
+    def output_of(self, branch: Branch) -> Output:
+        """A branch's last product."""
+        if isinstance(branch, MLP):
+            return Output(*self.narrow.forward_late(branch.activated))
+        linear = self.self_output if isinstance(branch, SelfAttention) else self.cross_output
+        return Output(*linear.forward_late(rows(branch.attended.output)))
 
     def heads(self, x_NE: Tensor, x_BLD: Tensor) -> Tensor:
         """Rows [N, E] of as many samples as x has, as (B, L, heads, D)."""
@@ -164,97 +224,102 @@ class _BackwardPass:
     """A block's backward pass, branch by branch from the last: from behind the branch's gate to the norm before it.
 
     dx_BLD: the gradient of the residual stream as far as the pass has come, without what comes through the norm reached
-    last: dnormed_ND, the gradient of its result, which the next branch takes along. found: gradients of the parameters
-    of each part. partial_BPSD, norm_sums_MPD: sums for gradients of modulations and of norms, where they are wanted.
+    last: dnormed_ND, the gradient of its result, which the next branch takes along with that norm, `reached`. found:
+    gradients of the parameters of each part. partial_BPSD, norm_sums_MPD: sums for gradients of modulations and of
+    norms, where they are wanted.
     """
 
-    def __init__(
-        self,
-        fused: FusedBlock,
-        saved: Activations,
-        modulations: Sequence[Tensor],
-        rotary: RotaryTables,
-        dx_BLD: Tensor,
-        wants_modulations: bool,
-    ) -> None:
-        self.fused, self.saved, self.rotary = fused, saved, rotary
-        self.shift_scales, self.gates = zip(*map(_parts, modulations), strict=True)
+    def __init__(self, fused: FusedBlock, tape: Tape, given: Given, dx_BLD: Tensor, wants_modulations: bool) -> None:
+        self.fused, self.tape, self.rotary = fused, tape, given.rotary
+        self.shift_scales, self.gates = zip(*map(_parts, given.modulations), strict=True)
         self.count = dx_BLD.shape[0] * dx_BLD.shape[1]
         self.dx_BLD = dx_BLD
         self.dnormed_ND: Tensor | None = None
+        self.reached: tuple[Tensor | None, Normed | None, Modulation | None] = (None, None, None)
         self.found: dict[Joint | FusedNorm, list[Tensor]] = {}
+        self.wants_modulations = wants_modulations
         self.partial_BPSD = empty_sums(dx_BLD, slots=9) if wants_modulations else None
         trains = any(norm.adapter is not None for norm in fused.norms)
         self.norm_sums_MPD = empty_head_sums(rows(dx_BLD), len(fused.norms), fused.head_size) if trains else None
 
     def pass_mlp(self) -> None:
         """The last branch, which comes first."""
-        fused, saved = self.fused, self.saved
-        gradients = fused.narrow.empty_gradients(self.count)
-        gate = Gated(saved.narrow[0], self.gates[2])
-        gated_norm_backward(self.dx_BLD, None, saved.x_third, None, None, gate, gradients[0], self._sums(2, 2))
-        dactivated, self.found[fused.narrow] = fused.narrow.backward(gradients, saved.activated, saved.narrow[1], True)
+        fused = self.fused
+        x_BLD, normed, wide, activated, output = self.tape.take(self.wants_modulations)
+        gradients, hidden_NR = self._pass_gate(2, output, fused.narrow), output.hidden_NR
+        del output
+        dactivated, self.found[fused.narrow] = fused.narrow.backward(gradients, activated, hidden_NR, True)
+        del activated, gradients
+        self._spare()
         gradients = fused.wide.empty_gradients(self.count)
-        gelu_backward(dactivated, saved.wide[0], gradients[0])
-        self.dnormed_ND, self.found[fused.wide] = fused.wide.backward(gradients, saved.third.normed_ND, None, True)
+        gelu_backward(dactivated, wide[0], gradients[0])
+        del dactivated, wide
+        self.dnormed_ND, self.found[fused.wide] = fused.wide.backward(gradients, normed.normed_ND, None, True)
+        self.reached = x_BLD, normed, self.shift_scales[2]
 
     def pass_cross_attention(self, wants_context: bool) -> Tensor | None:
         """Returns the gradient of the context (B, S, context width), if wanted."""
-        fused, saved = self.fused, self.saved
-        gradients = fused.cross_output.empty_gradients(self.count)
-        gate = Gated(saved.cross_output[0], self.gates[1])
-        self.dx_BLD = gated_norm_backward(
-            self.dx_BLD, self.dnormed_ND, saved.x_third, saved.third, self.shift_scales[2], gate, gradients[0],
-            self._sums(2, 1),
-        )  # fmt: skip
-        self.dnormed_ND = None
-        dq, dk, dv = self._pass_attention(fused.cross_output, gradients, saved.cross_attended, saved.cross_output[1])
+        fused = self.fused
+        branch = self.tape.take(self.wants_modulations)
+        dq, dk, dv = self._pass_attention(1, branch.attended, branch.output, fused.cross_output)
         gradients = fused.q.empty_gradients(self.count)
-        self._pass_head_norms(2, (dq,), saved.q, None, gradients)
-        self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, saved.second.normed_ND, None, True)
-        gradients = fused.kv.empty_gradients(len(saved.context_rows))
-        self._pass_head_norms(3, (dk, dv), saved.kv[:1], None, gradients)
+        self._pass_head_norms(2, (dq,), branch.q, None, gradients)
+        self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, branch.normed.normed_ND, None, True)
+        gradients = fused.kv.empty_gradients(len(branch.context_rows))
+        self._pass_head_norms(3, (dk, dv), branch.kv[:1], None, gradients)
         dcontext_NC, self.found[fused.kv] = fused.kv.backward(
-            gradients, saved.context_rows, saved.kv_hidden, wants_context
+            gradients, branch.context_rows, branch.kv_hidden, wants_context
         )
+        self.reached = branch.x_BLD, branch.normed, self.shift_scales[1]
         return None if dcontext_NC is None else dcontext_NC.unflatten(0, (len(self.dx_BLD), -1))
 
     def pass_self_attention(self, wants_begin: bool) -> None:
         """wants_begin: whether the gradients of its norm and of the block's x are wanted."""
-        fused, saved = self.fused, self.saved
-        gradients = fused.self_output.empty_gradients(self.count)
-        gate = Gated(saved.self_output[0], self.gates[0])
-        self.dx_BLD = gated_norm_backward(
-            self.dx_BLD, self.dnormed_ND, saved.x_second, saved.second, self.shift_scales[1], gate, gradients[0],
-            self._sums(1, 0),
-        )  # fmt: skip
-        self.dnormed_ND = None
-        dq, dk, dv = self._pass_attention(fused.self_output, gradients, saved.self_attended, saved.self_output[1])
+        fused = self.fused
+        x_BLD, normed, qkv, attended, output = self.tape.take(self.wants_modulations)
+        dq, dk, dv = self._pass_attention(0, attended, output, fused.self_output)
+        del attended  # before the memory is asked for that is as large
         gradients = fused.qkv.empty_gradients(self.count)
-        self._pass_head_norms(0, (dq, dk, dv), saved.qkv[:2], self.rotary, gradients)
-        dnormed_ND, self.found[fused.qkv] = fused.qkv.backward(gradients, saved.first.normed_ND, None, wants_begin)
+        self._pass_head_norms(0, (dq, dk, dv), qkv[:2], self.rotary, gradients)
+        del dq, dk, dv, qkv
+        self.dnormed_ND, self.found[fused.qkv] = fused.qkv.backward(gradients, normed.normed_ND, None, wants_begin)
+        self.reached = x_BLD, normed, self.shift_scales[0]
         if wants_begin:
-            self.dx_BLD = gated_norm_backward(
-                self.dx_BLD, dnormed_ND, saved.x_first, saved.first, self.shift_scales[0], None, None, self._sums(0, 0)
-            )
+            self._pass_norm(None, None, self._sums(0, 0))
 
     def add_norms(self) -> None:
         """Last of all, the gradients of the norms that train."""
         self.found |= norm_gradients(self.fused.norms, self.norm_sums_MPD)
 
+    def _pass_gate(self, number: int, output: Output, linear: Joint) -> list[Tensor]:
+        """Passes the norm reached last, if any, and a branch's gate: the gradient of what the branch gave to it."""
+        self._spare()
+        gradients = linear.empty_gradients(self.count)
+        self._pass_norm(Gated(output.branch, self.gates[number]), gradients[0], self._sums(min(number + 1, 2), number))
+        return gradients
+
+    def _pass_norm(self, gated: Gated | None, dbranch_ND: Tensor | None, sums: ModulationSums | None) -> None:
+        x_BLD, normed, shift_scale = self.reached
+        self.dx_BLD = gated_norm_backward(
+            self.dx_BLD, self.dnormed_ND, self.dx_BLD if x_BLD is None else x_BLD, normed, shift_scale, gated,
+            dbranch_ND, sums,
+        )  # fmt: skip
+        self.dnormed_ND, self.reached = None, (None, None, None)
+
+    def _spare(self) -> None:
+        """Where memory counts, has what the adapters' gradients were made of freed by now."""
+        if self.fused.block.recomputes:
+            self.fused.aside.join()
+
     def _sums(self, norm: int, gate: int) -> ModulationSums | None:
         """For shift and scale of one branch, counted from 0, and the gate of another."""
         return None if self.partial_BPSD is None else ModulationSums(self.partial_BPSD, 3 * norm, 3 * gate + 2)
 
-    def _pass_attention(
-        self,
-        output: Joint,
-        gradients: Sequence[Tensor],
-        attended: Attended,
-        hidden_NR: Tensor | None,
-    ) -> Gradients:
-        """Gradients of q, k and v (B, L, heads, D), from those of the output."""
-        dattended, self.found[output] = output.backward(gradients, rows(attended.output), hidden_NR, True)
+    def _pass_attention(self, number: int, attended: Attended, output: Output, linear: Joint) -> Gradients:
+        """Passes a branch's gate, its last product and attention: gradients of q, k and v (B, L, heads, D)."""
+        gradients = self._pass_gate(number, output, linear)
+        dattended, self.found[linear] = linear.backward(gradients, rows(attended.output), output.hidden_NR, True)
+        del gradients
         return attend_backward(attended, dattended)
 
     def _pass_head_norms(

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.anima_runtime.attention import RotaryTables
+from library.anima_runtime.parking import Parking
 from library.anima_runtime.transformer import AnimaTransformer, Block
 from networks.adapter import NO_DROPOUT
 from networks.aside import Aside
-from networks.fused_block import FusedBlock
+from networks.fused_block import FusedBlock, Given, Tape
+from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape
 from networks.fused_llm_adapter import FusedLLMAdapter
 from networks.fused_parts import TrainedWeights
 from networks.lokr import LoKr
@@ -33,31 +35,34 @@ class _RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_BLD: Tensor, context_BSD: Tensor, first: Tensor, second: Tensor, third: Tensor,
-        rotary: RotaryTables, zero_rows: int, fused: FusedBlock, *_: nn.Parameter,
+        rotary: RotaryTables, zero_rows: int, fused: FusedBlock, parking: Parking | None, is_last: bool,
+        *_: nn.Parameter,
     ) -> Tensor:  # fmt: skip
-        inputs = x_BLD, (first, second, third), context_BSD, rotary, zero_rows
-        out, activations = fused.forward(*inputs)
-        ctx.fused, ctx.inputs = fused, inputs
-        ctx.activations = None if fused.block.recomputes else activations
-        return out
+        ctx.fused, ctx.given = fused, Given((first, second, third), context_BSD, rotary, zero_rows)
+        ctx.tape = _tape(fused, ctx.given, parking, is_last)
+        return fused.forward(x_BLD, ctx.given, ctx.tape)
 
     @staticmethod
     def backward(ctx: Any, dx_BLD: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, wants_context, *wants_each = ctx.needs_input_grad[:5]
-        saved, rotary = ctx.activations, ctx.inputs[3]
-        if saved is None:
-            _, saved = ctx.fused.forward(*ctx.inputs)
-        ctx.activations = None
         dx, dmodulations, dcontext, found = ctx.fused.backward(
-            dx_BLD.contiguous(), saved, ctx.inputs[1], rotary, wants_x, any(wants_each), wants_context
+            dx_BLD.contiguous(), ctx.tape, ctx.given, wants_x, any(wants_each), wants_context
         )
-        return dx, dcontext, *dmodulations, None, None, None, *found
+        ctx.tape = ctx.given = None  # this step of autograd may be there until the last one is done
+        return dx, dcontext, *dmodulations, None, None, None, None, None, *found
+
+
+def _tape(fused: FusedBlock, given: Given, parking: Parking | None, is_last: bool) -> Tape:
+    if not fused.block.recomputes:
+        return KeepingTape()
+    return RecomputingTape(fused, given) if parking is None else ParkingTape(fused, given, parking, stays=is_last)
 
 
 class FusedBlocks:
     """All blocks of a transformer with a network's adapters; see `fuse_blocks`."""
 
-    def __init__(self, transformer: AnimaTransformer, network: AdapterNetwork) -> None:
+    def __init__(self, transformer: AnimaTransformer, network: AdapterNetwork, parking: Parking | None) -> None:
+        self._parking = parking
         self._network, adapters = network, network.adapters
         self._plainly = transformer.run_blocks
         self._blocks, aside = [], Aside(transformer.t_embedding_norm.weight.device)
@@ -88,7 +93,13 @@ class FusedBlocks:
         modulations = self._modulations(time_BD, shared_modulation_BK)
         for number, fused in enumerate(self._blocks):
             own = modulations[3 * number : 3 * number + 3]
-            x_BLD = _RunBlock.apply(x_BLD, context_BSD, *own, rotary, zero_rows, fused, *fused.parameters())
+            parameters, is_last = fused.parameters(), number == len(self._blocks) - 1
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (x_BLD, context_BSD, *own, *parameters)):
+                x_BLD = _RunBlock.apply(
+                    x_BLD, context_BSD, *own, rotary, zero_rows, fused, self._parking, is_last, *parameters
+                )
+            else:
+                x_BLD = fused.forward(x_BLD, Given(own, context_BSD, rotary, zero_rows), tape=None)
         return x_BLD
 
     def _modulations(self, time_BD: Tensor, shared_BK: Tensor) -> Sequence[Tensor]:
@@ -100,13 +111,13 @@ class FusedBlocks:
         return (torch.bmm(ranks_MBR, self._up.transpose(1, 2)) + shared_BK).unbind()
 
 
-def fuse_blocks(transformer: AnimaTransformer, network: AdapterNetwork) -> None:
+def fuse_blocks(transformer: AnimaTransformer, network: AdapterNetwork, parking: Parking | None = None) -> None:
     """Has the transformer's blocks computed by `FusedBlocks`; `fuse_obstacle` must have found nothing.
 
     The LLM adapter as well, by `FusedLLMAdapter`, if gradients go through it; else it is to give the bits that caches
-    of its rows hold.
+    of its rows hold. parking: for what gradient checkpointing keeps of the blocks; see `fused_checkpoint`.
     """
-    transformer.run_blocks = FusedBlocks(transformer, network)
+    transformer.run_blocks = FusedBlocks(transformer, network, parking)
     if _passes_llm_adapter(network):
         transformer.llm_adapter.run_rows = FusedLLMAdapter(transformer.llm_adapter, network)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from library.anima_runtime.text_encoding import TextEncoder
 from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.training.flat_adamw import FlatAdamW
 from library.training.optimizers import OptimizerSettings, make_optimizer
+from library.training.run import RunSettings
 from library.training.speed import SpeedSettings
 from networks import loha_anima, lokr_anima, lora_anima
 from tools.benchmark_cases import COMPILED, EAGER, LOKR, LORA, Case, endless_batches, ready_trainer
@@ -157,6 +159,23 @@ def test_fast_steps_give_the_plain_steps_gradients(real_width_config, network, s
         for name, gradient in expected.items():
             distance = (found[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
             assert distance < 0.05, (name, distance.item())
+
+
+@pytest.mark.parametrize("speed", [SpeedSettings(False, False, True), SpeedSettings(True, True, True)])
+def test_checkpoints_that_wait_in_main_memory_change_no_gradient(monkeypatch, speed):
+    """But for what attention's backward pass, which adds in any order, changes from run to run."""
+    shapes = transformer_shapes(replace(REAL, depth=3, adapter_depth=1), 32128)
+    config = AnimaConfig.from_shapes(shapes)
+    found = []
+    for checkpointing, parks in ((False, False), (True, False), (True, True)):
+        run = partial(RunSettings, cpu_offload_checkpointing=parks)
+        monkeypatch.setattr("tools.benchmark_cases.RunSettings", run)
+        found.append(gradients_of_steps(config, speed, LORA, checkpointing))
+    for others in zip(*found, strict=True):
+        for name, expected in others[0].items():
+            for gradient in others[1:]:
+                distance = (gradient[name] - expected).norm() / expected.norm().clamp(min=1e-12)
+                assert distance < 0.02, (name, distance.item())
 
 
 def test_no_step_waits_for_the_gpu(real_width_config):

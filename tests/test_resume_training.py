@@ -161,7 +161,8 @@ def test_what_was_chosen_is_repeated_where_nothing_is_set(config, tmp_path, caps
     assert "gradient_checkpointing on: as in the resumed run" in said
     assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
     again = json.loads((state(tmp_path, 3) / "resume_snapshot.json").read_text())["choices"]
-    assert again == {**chosen, "fused_blocks": False, "torch_compile": False, "cuda_graphs": False, "device": "CPU"}
+    off = ("cpu_offload_checkpointing", "fused_blocks", "torch_compile", "cuda_graphs")
+    assert again == {**chosen, **dict.fromkeys(off, False), "device": "CPU"}
 
     monkeypatch.setattr(attention_backends, "_try_out", lambda *arguments: fail_to_run())
     assert main(config(resume=state(tmp_path, 3), gradient_checkpointing=False, **common)) == 0

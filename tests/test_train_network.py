@@ -11,6 +11,7 @@ from torch import nn
 from library.data.dataset import Batch
 from library.settings import Settings
 from library.settings.groups import run_groups
+from library.training.choices import Choice
 from library.training.guard import Guard
 from library.training.optimizers import OptimizerSettings
 from library.training.states import Resumable
@@ -97,7 +98,11 @@ class ToyTrainer(NetworkTrainer):
     def fuse_obstacle(self):
         return "it has no blocks"
 
-    fuse_blocks = latents_are_cached
+    def choose_parking(self, fuses):
+        return Choice("cpu_offload_checkpointing", False, "it has no blocks")
+
+    def fuse_blocks(self, parks):
+        """It has none."""
 
     def compile_blocks(self, buckets):
         """It has none."""

@@ -49,9 +49,9 @@ class Normed(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """A branch's output and the gate [B, D] it passes through."""
+    """A branch's output, which a backward pass needs for `ModulationSums` only, and the gate [B, D] it passes."""
 
-    branch: Sum
+    branch: Sum | None
     gate_BD: Tensor
 
 

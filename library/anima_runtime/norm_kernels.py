@@ -170,7 +170,9 @@ def gated_norm_backward(
 ) -> Tensor:
     """See `block_ops.gated_norm_backward`."""
     samples, length, width = dx_BLD.shape
-    branch, gate = gated or (Sum(dx_BLD.flatten(0, 1)), dx_BLD)
+    branch, gate = gated or (None, dx_BLD)
+    if branch is None:
+        branch = Sum(dx_BLD.flatten(0, 1))
     _, mean, rstd = normed or (dx_BLD, dx_BLD, dx_BLD)
     scale = dx_BLD if modulation is None else modulation.scale_BD
     dx_out = dx_BLD if dnormed_ND is None else torch.empty_like(dx_BLD)

@@ -10,7 +10,7 @@ _NO_CLIP = "Anima has no CLIP text encoder"
 _NO_DDP = "gradients are summed over the GPUs in one exchange, without DDP"
 _MESSAGES = "messages go to the terminal; redirect them with 2> FILE"
 _INDUCTOR = "torch_compile says whether the model is compiled, and how is chosen for it"
-_RECOMPUTED = "activations are recomputed rather than moved; gradient_checkpointing says whether"
+_OFFLOADED = "cpu_offload_checkpointing says whether what gradient checkpointing keeps waits in main memory"
 _NO_DEEPSPEED = "the frozen model is small enough for every GPU; start several with accelerate launch --multi_gpu"
 _RATES = "give rates by pattern in network_args, see docs/adapters.md"
 _FULL = "it is for training whole models; adapters have unet_lr, llm_adapter_lr and text_encoder_lr"
@@ -49,8 +49,7 @@ NO_EFFECT: dict[str, str] = {
     "dynamo_mode": _INDUCTOR,
     "dynamo_use_fullgraph": _INDUCTOR,
     "dynamo_use_dynamic": _INDUCTOR,
-    "cpu_offload_checkpointing": _RECOMPUTED,
-    "unsloth_offload_checkpointing": _RECOMPUTED,
+    "unsloth_offload_checkpointing": _OFFLOADED,
     "fused_backward_pass": "an adapter's gradients are small",
     "ddp_timeout": "processes wait up to six hours for each other",
     "ddp_gradient_as_bucket_view": _NO_DDP,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from library.training.machine import describe_device, readable_size
@@ -120,6 +121,24 @@ def choose_checkpointing(settings: RunSettings, before: Recorded, device: torch.
     if not swaps_blocks and before.get("device") == describe_device(device):
         return wanted
     return _instead(wanted, True, default.reason)
+
+
+def choose_parking(settings: RunSettings, device: torch.device, checkpoints: bool, fuses: bool, needed: int) -> Choice:
+    """Whether what gradient checkpointing keeps waits in main memory; by default on CUDA, where there is room for it.
+
+    needed: how many bytes of it. What a resumed run chose does not matter: the numbers are the same either way.
+    """
+    free = psutil.virtual_memory().available
+    if device.type != "cuda":
+        obstacle = _NO_CUDA
+    elif not checkpoints or not fuses:
+        obstacle = f"{'fused_blocks' if checkpoints else 'gradient_checkpointing'} is off"
+    else:
+        obstacle = None
+    fits = obstacle is None and needed <= free // 2
+    compared = f"it takes {readable_size(needed)} of the {readable_size(free)} of main memory that are free"
+    default = Choice("cpu_offload_checkpointing", fits, obstacle or compared)
+    return _if_possible(_wanted(settings.cpu_offload_checkpointing, {}, default), lambda: obstacle)
 
 
 def attention_choice(asked: str, before: Recorded, found: str) -> Choice:

@@ -32,6 +32,12 @@ class RunSettings:
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations in the backward pass: less memory, more time. Unset: chosen by the card's memory."
     )
+    cpu_offload_checkpointing: bool | None = option(
+        None,
+        "With gradient_checkpointing and fused_blocks, what is kept of the forward pass waits in main memory, 1.4 GB "
+        "for a 1024² picture, copied while the card computes: less of the card's memory, and less to recompute. Unset: "
+        "on for CUDA cards where it takes no more than half of the main memory that is free.",
+    )
     mixed_precision: str = option(
         "no",
         "Number format the frozen model runs in; no is fp32. bf16 for RTX 30 and newer, fp16 for older cards. The "

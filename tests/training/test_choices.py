@@ -1,5 +1,8 @@
 """What is chosen where nothing is set, why, and that a resumed run repeats it where it can."""
 
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from library.training.choices import (
     choose_compiling,
     choose_fusing,
     choose_graphs,
+    choose_parking,
     recorded,
     told,
 )
@@ -236,3 +240,30 @@ def test_they_are_told_a_line_each_and_recorded_by_name():
         "how steps are computed:", "  anima_attention_backend torch: as set", f"  cuda_graphs off: {NO_CUDA}",
     ]  # fmt: skip
     assert recorded(choices, CPU) == {"anima_attention_backend": "torch", "cuda_graphs": False, "device": "CPU"}
+
+
+@pytest.mark.parametrize(
+    ("device", "checkpoints", "fuses", "free_gib", "chosen", "reason"),
+    [
+        (CUDA, True, True, 8, True, "it takes 4.0 GiB of the 8.0 GiB of main memory that are free"),
+        (CUDA, True, True, 7, False, "it takes 4.0 GiB of the 7.0 GiB of main memory that are free"),
+        (CUDA, False, True, 99, False, "gradient_checkpointing is off"),
+        (CUDA, True, False, 99, False, "fused_blocks is off"),
+        (CPU, True, True, 99, False, NO_CUDA),
+    ],
+)
+def test_checkpoints_wait_in_main_memory_where_that_has_room(
+    monkeypatch, caplog, device, checkpoints, fuses, free_gib, chosen, reason
+):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gib * 2**30))
+
+    def choose(asked):
+        settings = RunSettings(cpu_offload_checkpointing=asked)
+        return choose_parking(settings, device, checkpoints, fuses, 4 * 2**30)
+
+    assert choose(None) == Choice("cpu_offload_checkpointing", chosen, reason)
+    assert choose(False) == Choice("cpu_offload_checkpointing", False, AS_SET)
+    assert not caplog.messages
+    can = device == CUDA and checkpoints and fuses
+    assert choose(True) == Choice("cpu_offload_checkpointing", can, AS_SET if can else reason)
+    assert caplog.messages == ([] if can else [f"cpu_offload_checkpointing is off, and not on (as set): {reason}"])
