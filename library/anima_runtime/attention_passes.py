@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ def attend_forward(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor,
 
     zeros: how many further keys and values are zero.
     """
+    if function is attend and q.is_cuda and k.shape[1] < q.shape[1] and _few_keys().attends(q, k):
+        return _attend_few_keys((q, k, v), zeros)
     parts = _parts(q, k)
     inputs = _in_parts(q, k, v, parts)
     kernel = _kernel(*inputs) if function is attend else None
@@ -94,6 +97,22 @@ def attend_backward(attended: Attended, dout_NE: Tensor) -> Gradients:
         dq = dq.unflatten(0, (-1, attended.parts)).flatten(1, 2)
         dk, dv = (x.unflatten(0, (-1, attended.parts)).sum(1) for x in (dk, dv))
     return dq, dk, dv
+
+
+def _attend_few_keys(inputs: Gradients, zeros: int) -> Attended:
+    """By kernels of this project."""
+
+    def pass_back(dout_BLE: Tensor, inputs: Gradients, _made: tuple[Tensor, ...]) -> Gradients:
+        return _few_keys().attend_few_keys_backward(*inputs, dout_BLE, zeros)
+
+    return Attended(inputs, _few_keys().attend_few_keys(*inputs, zeros), 1, (), pass_back)
+
+
+def _few_keys() -> ModuleType:
+    """Triton is there on CUDA only."""
+    from library.anima_runtime import few_keys_kernels
+
+    return few_keys_kernels
 
 
 def _parts(q: Tensor, k: Tensor) -> int:

@@ -81,6 +81,7 @@ class CapturedBackward:
     def _capture(self, inputs: Any) -> _Captured:
         static = type(inputs)(*(tensor.clone() for tensor in inputs))
         share = torch.zeros((), device=inputs[0].device)  # so that warming up adds nothing
+        random = torch.cuda.get_rng_state()
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
@@ -90,6 +91,7 @@ class CapturedBackward:
         # Other threads (loading, curves) may go on using CUDA meanwhile.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             losses = self._accumulate(static, share)
+        torch.cuda.set_rng_state(random)  # the first replay draws what any other would
         return _Captured(graph, static, share, losses)
 
     def _accumulate(self, inputs: Any, share: Tensor) -> Tensor:
