@@ -17,13 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from library.anima_runtime.block_kernels import sum_programs
-
 MOST_KEYS = 128
 # Rows (queries) a program takes at a time, and its warps; measured on an H200 (docs/performance.md). PROGRAMS: in all,
 # that the backward pass aims at.
-FORWARD_LAUNCH = {"ROWS": 128, "num_warps": 8}
-BACKWARD_LAUNCH = {"ROWS": 64, "num_warps": 8, "PROGRAMS": 132}
+FORWARD_LAUNCH = {"ROWS": 64, "num_warps": 4}
+BACKWARD_LAUNCH = {"ROWS": 128, "num_warps": 8, "num_stages": 2, "PROGRAMS": 132}
 _LOG2_E = 1.4426950408889634
 
 
@@ -122,13 +120,13 @@ def attend_few_keys_backward(
     programs = max(1, BACKWARD_LAUNCH["PROGRAMS"] // (samples * heads))
     programs = min(programs, triton.cdiv(length, BACKWARD_LAUNCH["ROWS"]))
     dq = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype, device=q_BLHD.device)
-    partial = q_BLHD.new_empty(samples, programs, 2 * keys * heads * size, dtype=torch.float32)
+    partial = q_BLHD.new_empty(samples, programs, 2, keys, heads, size, dtype=torch.float32)
     launch = {name: value for name, value in BACKWARD_LAUNCH.items() if name != "PROGRAMS"}
     _backward[(programs, samples * heads)](
         q_BLHD, k_BSHD, v_BSHD, dout_BLE, dq, partial, length, heads, keys, float(zeros), _LOG2_E * size**-0.5,
         size**-0.5, *_strides(q_BLHD, k_BSHD, v_BSHD, dout_BLE), KEYS=_padded(k_BSHD), SIZE=size, **launch,
     )  # fmt: skip
-    dk, dv = sum_programs(partial).view(samples, 2, keys, heads, size).unbind(1)
+    dk, dv = partial.sum(1).unbind(1)
     return dq, dk, dv
 
 
