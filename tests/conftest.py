@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+# Asked of the driver, or the question itself keeps processes forked later (tests/training_runs.py) from using a GPU.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, which is chosen when it is imported
 
