@@ -32,7 +32,6 @@ from library.anima_runtime.block_ops import (
 )
 from library.anima_runtime.transformer import Block
 from networks.adapter import Adapter
-from networks.aside import Aside
 from networks.fused_parts import FusedNorm, Joint, Parts, heads, norm_gradients, rows
 
 
@@ -103,15 +102,15 @@ class Tape(Protocol):
 
 
 class FusedBlock:
-    """One block. adapters: by the path of the module in the block, those it has. aside: computes their gradients.
+    """One block. adapters: by the path of the module in the block, those it has.
 
     Each branch is x + gate * f(LayerNorm(x) * (1 + scale) + shift); `gated_norm` takes the end of one together with the
     beginning of the next.
     """
 
-    def __init__(self, block: Block, adapters: Mapping[str, Adapter], aside: Aside) -> None:
-        parts = Parts(block, adapters, aside)
-        self.block, self.aside = block, aside
+    def __init__(self, block: Block, adapters: Mapping[str, Adapter]) -> None:
+        parts = Parts(block, adapters)
+        self.block = block
         self.head_size = block.self_attn.head_size
         self.qkv = parts.joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.self_output = parts.joint("self_attn.output_proj")
@@ -145,7 +144,6 @@ class FusedBlock:
         dmodulations: Sequence[Tensor | None] = [None] * 3
         if done.partial_BPSD is not None:
             dmodulations = summed(done.partial_BPSD).to(given.modulations[0].dtype).chunk(3, dim=1)
-        self.aside.join()
         done.add_norms()
         gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
         return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
@@ -250,7 +248,6 @@ class _BackwardPass:
         del output
         dactivated, self.found[fused.narrow] = fused.narrow.backward(gradients, activated, hidden_NR, True)
         del activated, gradients
-        self._spare()
         gradients = fused.wide.empty_gradients(self.count)
         gelu_backward(dactivated, wide[0], gradients[0])
         del dactivated, wide
@@ -293,7 +290,6 @@ class _BackwardPass:
 
     def _pass_gate(self, number: int, output: Output, linear: Joint) -> list[Tensor]:
         """Passes the norm reached last, if any, and a branch's gate: the gradient of what the branch gave to it."""
-        self._spare()
         gradients = linear.empty_gradients(self.count)
         self._pass_norm(Gated(output.branch, self.gates[number]), gradients[0], self._sums(min(number + 1, 2), number))
         return gradients
@@ -305,11 +301,6 @@ class _BackwardPass:
             dbranch_ND, sums,
         )  # fmt: skip
         self.dnormed_ND, self.reached = None, (None, None, None)
-
-    def _spare(self) -> None:
-        """Where memory counts, has what the adapters' gradients were made of freed by now."""
-        if self.fused.block.recomputes:
-            self.fused.aside.join()
 
     def _sums(self, norm: int, gate: int) -> ModulationSums | None:
         """For shift and scale of one branch, counted from 0, and the gate of another."""

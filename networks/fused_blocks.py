@@ -17,7 +17,6 @@ from library.anima_runtime.attention import RotaryTables
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.transformer import AnimaTransformer, Block
 from networks.adapter import NO_DROPOUT
-from networks.aside import Aside
 from networks.fused_block import FusedBlock, Given, Tape
 from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape
 from networks.fused_llm_adapter import FusedLLMAdapter
@@ -65,11 +64,11 @@ class FusedBlocks:
         self._parking = parking
         self._network, adapters = network, network.adapters
         self._plainly = transformer.run_blocks
-        self._blocks, aside = [], Aside(transformer.t_embedding_norm.weight.device)
+        self._blocks = []
         for number, block in enumerate(transformer.blocks):
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
-            self._blocks.append(FusedBlock(block, own, aside))
+            self._blocks.append(FusedBlock(block, own))
         joints = [joint for fused in self._blocks for joint in fused.joints]
         norms = [norm for fused in self._blocks for norm in fused.norms]
         self._weights = TrainedWeights(list(adapters.values()), joints, norms)

@@ -20,7 +20,6 @@ from library.anima_runtime.residual_norm import (
     residual_norm,
     residual_norm_backward,
 )
-from networks.aside import Aside
 from networks.fused_llm_block import Activations, Found, FusedLLMBlock, GradientRooms, Rooms, Surroundings
 from networks.fused_parts import Joint, Parts, TrainedWeights, rooms_of, rows
 from networks.joint_linear import Passed, parameter_gradients
@@ -70,13 +69,12 @@ class FusedLLMAdapter:
             for path, each in network.adapters.items()
             if path.startswith(LLM_ADAPTER_PREFIX)
         }
-        self._aside = Aside(adapter.norm.weight.device)
-        parts = Parts(adapter, adapters, self._aside)
+        parts = Parts(adapter, adapters)
         self._blocks = []
         for number, block in enumerate(adapter.blocks):
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): each for path, each in adapters.items() if path.startswith(prefix)}
-            self._blocks.append(FusedLLMBlock(block, own, self._aside))
+            self._blocks.append(FusedLLMBlock(block, own))
         # All blocks look at the same source: one product.
         numbers = range(len(self._blocks))
         self._kv = parts.joint(*(f"blocks.{number}.cross_attn.{name}_proj" for number in numbers for name in "kv"))
@@ -135,7 +133,6 @@ class FusedLLMAdapter:
         dx_ND, dkv, found_there = self._pass_blocks(saved, rooms, wants_x)
         found |= found_there
         dsource_NC, found[self._kv] = self._kv.backward(dkv, saved.source_NC, None, wants_source)
-        self._aside.join()
         gradients = [gradient for part in self._parts for gradient in found[part][: len(part.parameters())]]
         dx_BLD = dx_ND.unflatten(0, (saved.around.samples, -1)) if wants_x else None
         dsource_BSC = dsource_NC.unflatten(0, (saved.around.samples, -1)) if wants_source else None

@@ -24,7 +24,6 @@ from library.anima_runtime.block_ops import (
 from library.anima_runtime.llm_adapter import AdapterBlock
 from library.anima_runtime.residual_norm import RootNormed, residual_norm, residual_norm_backward
 from networks.adapter import Adapter
-from networks.aside import Aside
 from networks.fused_parts import FusedNorm, Joint, Parts, heads, norm_gradients, rows
 from networks.joint_linear import Passed
 from networks.joint_lokr import JointLoKr
@@ -80,8 +79,8 @@ class FusedLLMBlock:
     The k and v of its cross-attention, which are of the source, come from outside.
     """
 
-    def __init__(self, block: AdapterBlock, adapters: Mapping[str, Adapter], aside: Aside) -> None:
-        parts = Parts(block, adapters, aside)
+    def __init__(self, block: AdapterBlock, adapters: Mapping[str, Adapter]) -> None:
+        parts = Parts(block, adapters)
         self.head_size = block.self_attn.head_size
         self.qkv = parts.joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.self_output = parts.joint("self_attn.o_proj")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from library.anima_runtime.attention import RMSNorm
 from library.anima_runtime.block_ops import ManyCopies, summed
 from networks.adapter import Adapter
-from networks.aside import Aside
 from networks.joint_linear import JointLinear
 from networks.joint_lokr import JointLoKr
 from networks.lokr import LoKr
@@ -35,21 +34,18 @@ class FusedNorm:
 
 
 class Parts:
-    """Makes the parts of a module with adapters, which go by the path of what they change in it.
+    """Makes the parts of a module with adapters, which go by the path of what they change in it."""
 
-    aside: computes their gradients.
-    """
-
-    def __init__(self, module: nn.Module, adapters: Mapping[str, Adapter], aside: Aside) -> None:
-        self._module, self._adapters, self._aside = module, adapters, aside
+    def __init__(self, module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        self._module, self._adapters = module, adapters
 
     def joint(self, *paths: str) -> Joint:
         """Linears of one input."""
         linears = [self._module.get_submodule(path) for path in paths]
         own = [self._adapters.get(path) for path in paths]
         if any(isinstance(adapter, LoKr) for adapter in own):
-            return JointLoKr(linears, own, self._aside)
-        return JointLinear(linears, own, self._aside)
+            return JointLoKr(linears, own)
+        return JointLinear(linears, own)
 
     def norm(self, path: str) -> FusedNorm:
         return FusedNorm(self._module.get_submodule(path), self._adapters.get(path))

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.anima_runtime.block_ops import Sum
-from networks.aside import Aside
 from networks.lora import LoRA
 
 # Ranks are padded by zeros to multiples of what matrix units take at a time.
@@ -42,11 +41,11 @@ class Passed(NamedTuple):
 class JointLinear:
     """Linears of one input and one width; adapters: None where one has none. Their weights become views of the storage.
 
-    Biases, which all have or none, are added to the outputs. aside: computes the adapters' gradients.
+    Biases, which all have or none, are added to the outputs.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None], aside: Aside) -> None:
-        self._adapters, self._aside = adapters, aside
+    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None]) -> None:
+        self._adapters = adapters
         self._in = linears[0].in_features
         self._width = linears[0].out_features
         self._out = self._width * len(linears)
@@ -121,10 +120,9 @@ class JointLinear:
         """The gradient of x [N, in], if wanted, and those of the parameters, float32; from those of the outputs.
 
         hidden: h as `forward_any` or `forward_late` gave it; else x is the one that `forward` took, and h beside it.
-        Those of the parameters must not be used before `Aside.join`.
         """
         passed = self.pass_hidden(gradients, x_NI, hidden_NR)
-        found = self._aside.run(self._parameter_gradients, *passed) if self._rank else []
+        (found,) = parameter_gradients([self], [passed])
         return self.input_gradient(passed) if wants_input else None, found
 
     def pass_hidden(self, gradients: Sequence[Tensor], x_NI: Tensor, hidden_NR: Tensor | None) -> Passed:
@@ -138,9 +136,6 @@ class JointLinear:
     def input_gradient(self, passed: Passed) -> Tensor:
         """That of x [N, in]."""
         return passed.room @ self._storage[:, : self._in]
-
-    def _parameter_gradients(self, *passed: Tensor) -> list[Tensor]:
-        return parameter_gradients([self], [Passed(*passed)])[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:

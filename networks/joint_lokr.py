@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
 from library.anima_runtime.mixing import merge, mix
-from networks.aside import Aside
 from networks.joint_linear import joint_bias, wide_product
 from networks.lokr import LoKr
 
@@ -35,8 +34,7 @@ class _Part(NamedTuple):
 class JointLoKr:
     """Linears of one input; adapters: None where one has none. See `JointLinear` for these and the methods."""
 
-    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoKr | None], aside: Aside) -> None:
-        self._aside = aside
+    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoKr | None]) -> None:
         self._widths = [linear.out_features for linear in linears]
         self._weight_OI = torch.cat([linear.weight.detach() for linear in linears])
         for linear, place in zip(linears, self._weight_OI.split(self._widths), strict=True):
@@ -100,15 +98,11 @@ class JointLoKr:
         self, gradients: Sequence[Tensor], x_NI: Tensor, _hidden_NR: Tensor | None, wants_input: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
         dy_NO = gradients[0].as_strided((len(x_NI), len(self._weight_OI)), (len(self._weight_OI), 1))
-        found = self._aside.run(self._parameter_gradients, dy_NO, x_NI)
-        return dy_NO @ self._merged_OI() if wants_input else None, found
-
-    def _parameter_gradients(self, dy_NO: Tensor, x_NI: Tensor) -> list[Tensor]:
         found = []
         for part in self._parts:
             for own in zip(part.adapters, *_factor_gradients(part, dy_NO[:, part.rows], x_NI), strict=True):
                 found += _through_factors(*own)
-        return found
+        return dy_NO @ self._merged_OI() if wants_input else None, found
 
     def _merged_OI(self) -> Tensor:
         """The weights with what the adapters add."""

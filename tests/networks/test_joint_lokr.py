@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from library.anima_runtime.block_ops import ManyCopies
-from networks.aside import Aside
 from networks.joint_lokr import JointLoKr
 from networks.lokr import LoKr
 
@@ -33,7 +32,7 @@ def test_outputs_and_gradients_are_those_of_dense_weights(case):
     adapters = [None if kind is None else LoKr.for_linear(width, out, **kind).double() for out, kind in kinds]
     for parameter in (parameter for adapter in adapters if adapter is not None for parameter in adapter.parameters()):
         nn.init.normal_(parameter)
-    joint = JointLoKr(linears, adapters, Aside(torch.device("cpu")))
+    joint = JointLoKr(linears, adapters)
     x = torch.randn(ROWS, width, dtype=torch.float64, requires_grad=True)
     deltas = [0 if adapter is None else adapter.delta_weight() for adapter in adapters]
     expected = [x @ (linear.weight + delta).t() for linear, delta in zip(linears, deltas, strict=True)]
