@@ -30,12 +30,13 @@ _KINDS = (
     # What the compiler writes is named after all operators that it came from: attention's too, next to which it runs.
     (_LARGE, r"^triton_tem_"),
     ("elementwise and norms", r"^triton_"),
-    ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention"),
+    ("attention", r"flash|fmha|sdpa|scaled_dot_product|attention|attend_"),
     (_LARGE, r"gemm|nvjet|cutlass|xmma|gemv|splitk|cublas|aten::(mm|addmm|bmm|_scaled_mm)$"),
     ("exchange between GPUs", r"nccl"),
     ("optimizer, gradient sums and norms", r"multi_tensor_apply|_foreach|fused_adam|lpnorm|optimizer"),
     ("copies and casts", r"memcpy|memset|copy_|catarray|aten::(cat|clone|fill_|zero_)$"),
-    ("elementwise and norms", r"elementwise|norm|reduce|softmax|gelu|silu|activate|sum_programs|index|aten::"),
+    ("elementwise and norms", r"elementwise|norm|reduce|softmax|gelu|silu|activate|index|aten::"),
+    ("elementwise and norms", r"^_(sum_programs|add_zero_keys|mix|merge)"),
     ("other", r""),
 )
 # A compiled kernel that only moves or casts has no other words than these in its name.

@@ -44,7 +44,7 @@ def _probabilities(q, k, key_count, zeros, scale, KEYS: tl.constexpr):
 
 
 @triton.jit
-def _forward(
+def _attend_few_keys(
     q, k, v, out, length, heads, key_count, zeros, scale,
     q_sample, q_row, k_sample, k_row, v_sample, v_row, KEYS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _attend_few_keys_backward(
     q, k, v, dout, dq, partial, length, heads, key_count, zeros, scale, factor,
     q_sample, q_row, k_sample, k_row, v_sample, v_row, dout_sample, dout_row,
     KEYS: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
@@ -105,7 +105,7 @@ def attend_few_keys(q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, zeros: int) 
     """
     samples, length, heads, size = q_BLHD.shape
     out = q_BLHD.new_empty(samples, length, heads * size)
-    _forward[(triton.cdiv(length, FORWARD_LAUNCH["ROWS"]), samples * heads)](
+    _attend_few_keys[(triton.cdiv(length, FORWARD_LAUNCH["ROWS"]), samples * heads)](
         q_BLHD, k_BSHD, v_BSHD, out, length, heads, k_BSHD.shape[1], float(zeros), _LOG2_E * size**-0.5,
         *_strides(q_BLHD, k_BSHD, v_BSHD), KEYS=_padded(k_BSHD), SIZE=size, **FORWARD_LAUNCH,
     )  # fmt: skip
@@ -122,7 +122,7 @@ def attend_few_keys_backward(
     dq = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype, device=q_BLHD.device)
     partial = q_BLHD.new_empty(samples, programs, 2, keys, heads, size, dtype=torch.float32)
     launch = {name: value for name, value in BACKWARD_LAUNCH.items() if name != "PROGRAMS"}
-    _backward[(programs, samples * heads)](
+    _attend_few_keys_backward[(programs, samples * heads)](
         q_BLHD, k_BSHD, v_BSHD, dout_BLE, dq, partial, length, heads, keys, float(zeros), _LOG2_E * size**-0.5,
         size**-0.5, *_strides(q_BLHD, k_BSHD, v_BSHD, dout_BLE), KEYS=_padded(k_BSHD), SIZE=size, **launch,
     )  # fmt: skip
