@@ -7,9 +7,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from library.anima_runtime.attention import attend
 from library.anima_runtime.attention_backends import choose_attention
+from library.anima_runtime.attention_passes import attend_backward, attend_forward
 from library.anima_runtime.checkpoint import load_transformer
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.qwen3 import load_qwen3
@@ -103,6 +105,25 @@ def test_torchs_attention_kernels_equal_float32(backend, dtype):
     heads = [torch.randn(1, length, 16, 128, device="cuda", dtype=dtype) for length in (1024, 512, 512)]
     expected = attend(*(x.float() for x in heads))
     assert (function(*heads).float() - expected).norm() / expected.norm() < 0.01
+
+
+@pytest.mark.parametrize("zeros", [0, 300])
+@pytest.mark.parametrize(("samples", "length", "keys"), [(2, 1000, 128), (1, 4096, 100), (1, 4096, 200), (3, 640, 640)])
+def test_attentions_two_passes_equal_float64(samples, length, keys, zeros):
+    """By own kernels for up to 128 keys, by torch's beyond; some keys of zeros are not there."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("these kernels need an Ampere card or newer")
+    draw = lambda rows: torch.randn(samples, rows, 16, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
+    q, k, v, dout = draw(length), draw(keys), draw(keys), draw(length).flatten(2)
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    all_keys, all_values = (F.pad(x, (0, 0, 0, 0, 0, zeros)) for x in leaves[1:])
+    logits = torch.einsum("blhd,bshd->bhls", leaves[0], all_keys) / 128**0.5
+    out = torch.einsum("bhls,bshd->blhd", logits.softmax(-1), all_values).flatten(2)
+    expected = out, *torch.autograd.grad(out, leaves, dout.double())
+    attended = attend_forward(attend, q, k, v, zeros)
+    found = attended.output, *attend_backward(attended, dout.flatten(0, 1))
+    for own, exact in zip(found, expected, strict=True):
+        assert (own - exact).norm() < 0.01 * exact.norm()
 
 
 def test_kernels_that_cannot_compute_float32_fall_back(caplog):
