@@ -29,7 +29,7 @@ from library.data.pictures import Picture
 from library.data.summary import describe_data
 from library.data.team import Team
 from library.data.validation import as_measured, counterparts, measured_batches
-from library.errors import Problems, UserError
+from library.errors import Problems
 from library.garbage import kept_as_is
 from library.planning.plan import RunPlan, describe_plan
 from library.planning.planner import Planner
@@ -233,6 +233,9 @@ class NetworkTrainer(ABC):
         )
         self.tracker = tracker = Tracker(settings.logging, saving.output_name, total_steps, self.flat_settings, is_main)
         self.samples = SampleFiles(saving.output_dir, saving.output_name, resumed=plan.resume is not None)
+        meter = Meter(self.state.step, self.device)
+        meter.averages = LossAverages(**self.state.averages)
+        self.log_points = log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
         if settings.sampling.sample_at_first and plan.resume is None:
             self.sample("e000000")
         if plan.resume is None:
@@ -240,12 +243,10 @@ class NetworkTrainer(ABC):
 
         # Each window of batches makes one optimizer step; saves and states lie between steps.
         logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
-        meter = Meter(self.state.step, self.device)
-        meter.averages = LossAverages(**self.state.averages)
-        self.log_points = log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
         at_once = judges_at_once(settings.monitor, settings.guard)
         self.network.train()
-        reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
+        if is_main:
+            reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
         stopping, vote = False, StopVote(self.device)
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
@@ -260,7 +261,8 @@ class NetworkTrainer(ABC):
                     tracker.advance(step)
                     measures = finished or validates(settings.validation, step, epoch, epoch_ended)
                     renders = is_due(settings.sampling.sample_every_n_steps, step)
-                    pauses = epoch_ended or measures or renders or finished
+                    saves = not finished and is_due(saving.save_every_n_steps, step)
+                    pauses = epoch_ended or measures or renders or finished or (saves and at_once)
                     if is_due(settings.logging.log_every_n_steps, step) or step == 1 or pauses:
                         log_points.reach(step, self.rates())
                     if pauses or at_once:
@@ -269,7 +271,7 @@ class NetworkTrainer(ABC):
                         tracker.log({"loss/epoch_average": meter.close_epoch()}, step)
                     if measures:
                         self.validate()
-                    if not finished and is_due(saving.save_every_n_steps, step):
+                    if saves:
                         self.save(step_name(saving.output_name, step), with_state=saving.save_state)
                     if not finished and epoch_ended and is_due(epochs_between_saves, epoch):
                         self.save(epoch_name(saving.output_name, epoch), with_state=saving.save_state)
@@ -586,9 +588,9 @@ class NetworkTrainer(ABC):
             yield
         except Exception as error:
             try:
-                self.save_interrupted()
-            except UserError as failure:
-                logger.error("%s", failure)
+                self.with_room(self.save_interrupted)
+            except Exception as failure:  # what ended the run is what has to be told, not what came of it
+                logger.error("the run ends unsaved: %s", failure)
             self.tell_end(f"ended by {type(error).__name__}: {error}")
             raise
 

@@ -129,6 +129,18 @@ def test_rollback_goes_back_and_lowers_the_rate_in_the_state_and_on_the_curves(
     assert [point["lr/transformer"] for point in curves] == pytest.approx([1e-3, 1e-3, 5e-4])
 
 
+def test_a_save_that_falls_between_log_points_is_judged_first(config, harm, weights, tmp_path):
+    """Else a run that goes on from it would not go back, as this one does."""
+    harm(spoil_data, step=1)
+    main(
+        config(max_train_steps=4, on_nonfinite="rollback", log_every_n_steps=50, save_every_n_steps=3, save_state=True)
+    )
+    state = run_state(tmp_path, "tiny-step00000003")
+    assert (state["step"], state["skipped_steps"], state["rollbacks"], state["rate_factor"]) == (3, 1, 1, 0.5)
+    saved = load_file(tmp_path / "output" / "tiny-step00000003-state" / "network.safetensors")
+    assert all(torch.equal(tensor, weights[0][name]) for name, tensor in saved.items())
+
+
 def test_warn_takes_the_step(config, harm, tmp_path, capsys):
     harm(spoil_gradients, step=1)
     main(config(max_train_steps=2, on_nonfinite="warn"))

@@ -107,6 +107,12 @@ def test_the_loss_does_not_depend_on_batches_caches_or_the_seed(config, tiny_ani
     assert others == pytest.approx([first] * 3, rel=1e-5)
 
 
+def test_a_run_that_begins_later_may_begin_with_its_best_adapter_and_a_state(config, tmp_path):
+    assert main(config(**SPLIT, max_train_steps=6, initial_step=4, save_state=True, save_best=True)) == 0
+    state = json.loads((tmp_path / "output" / "tiny-best-state" / "run_state.json").read_text(encoding="utf-8"))
+    assert state["best_step"] == state["step"] >= 4
+
+
 def test_a_dataset_of_its_own_and_fewer_batches(config, tiny_anima, tmp_path, trainers, capsys):
     table = f"""
 [general]
