@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import anima_train_network
 import train_network
 from anima_train_network import AnimaNetworkTrainer, main
-from library.anima_runtime.text_encoding import PaddedCaptions
+from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions
 from library.data.dataset import Batch
 from library.errors import Problems
 from networks import lora_anima
@@ -258,6 +258,18 @@ def test_running_out_of_gpu_memory_saves_and_says_what_helps(config, tmp_path, c
     assert (tmp_path / "output" / "tiny-step00000002-state" / "run_state.json").is_file()
 
 
+def test_what_ended_a_run_is_told_also_where_nothing_can_be_saved(config, capsys, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "losses", out_of_memory)
+    monkeypatch.setattr("train_network.copy_adapters", out_of_memory)
+    assert main(config(max_train_steps=6)) == 1
+    message = capsys.readouterr().err
+    assert "the run ends unsaved: CUDA out of memory" in message
+    assert "out of memory while training a batch of" in message
+
+
 def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, tmp_path, monkeypatch):
     """A caption of more than 512 tokens lengthens its own context only: zero rows are part of the model's input."""
     trainers = []
@@ -283,6 +295,18 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     assert [context.shape[:2] for context in contexts[::2]] == [(2, 512), (1, 512)]
     assert contexts[1].shape[0] == 1 and contexts[1].shape[1] > 512
     torch.testing.assert_close(contexts[0][1], contexts[2][0], rtol=1e-5, atol=1e-6)
+
+    # Own kernels count zero rows without having them; both sides of a caption are padded to the longer one.
+    trainer.fuses = True
+    own = [trainer.context(PaddedCaptions(*inputs[-4:])) for inputs in trainer.prepare(batch(short, long, short))]
+    assert [context.shape[:2] for context in own] == [(2, 128), contexts[1].shape[:2]]
+    torch.testing.assert_close(own[0], contexts[0][:, :128], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(own[1], contexts[1], rtol=1e-5, atol=1e-6)
+    assert not contexts[0][:, 128:].any()
+    uneven = CaptionStates(torch.zeros(200, trainer.config.llm_adapter.source_width), torch.tensor([5, 1]))
+    trainer.captions = SimpleNamespace(encode=lambda captions: [uneven] * len(captions))
+    (inputs,) = trainer.prepare(batch(short, short))
+    assert inputs.qwen_states_BSD.shape[1] == inputs.t5_ids_BL.shape[1] == 256
 
 
 def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(config, tiny_anima, tmp_path, losses):
