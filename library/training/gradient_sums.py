@@ -15,16 +15,21 @@ def add_gradients(loss: Tensor, parameters: Sequence[nn.Parameter], at_a_time: i
     """Adds a loss's gradients to the parameters' `.grad`, which are there, and stay where they are."""
     sums = {id(parameter): parameter.grad for parameter in parameters}
     come: list[nn.Parameter] = []
+    bytes_come = 0
 
     def add() -> None:
+        nonlocal bytes_come
         torch._foreach_add_([sums[id(parameter)] for parameter in come], [parameter.grad for parameter in come])
         for parameter in come:
             parameter.grad = None
         come.clear()
+        bytes_come = 0
 
     def has_come(parameter: nn.Parameter) -> None:
+        nonlocal bytes_come
         come.append(parameter)
-        if sum(each.grad.nbytes for each in come) >= at_a_time:
+        bytes_come += parameter.grad.nbytes
+        if bytes_come >= at_a_time:
             add()
 
     hooks = [parameter.register_post_accumulate_grad_hook(has_come) for parameter in parameters]
