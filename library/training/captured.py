@@ -69,6 +69,12 @@ class CapturedBackward:
                     "cuda_graphs: this step cannot be recorded, so steps run without: %s", _first_line(error)
                 )
                 self._works = False
+            if len(self._graphs) == MOST_GRAPHS:
+                logger.warning(
+                    "cuda_graphs: %d shapes of batches are recorded, and no more will be: steps of others, by bucket, "
+                    "batch size and length of captions, take longer",
+                    MOST_GRAPHS,
+                )
         if shapes not in self._graphs:
             return self._accumulate(inputs, torch.full((), share, device=inputs[0].device))
         captured = self._graphs[shapes]
