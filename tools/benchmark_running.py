@@ -4,8 +4,8 @@ The trainer's whole loop runs in turn with all watching off, with monitoring and
 of adapter and state on top. One model serves all, so that compiling is paid once. Prints two JSON lines:
 
     watching   ms a step without and with, and what the difference is in percent
-    saving     what one save costs the loop, in ms and in steps; call_ms is the part in which the loop stands still,
-               with the wait for steps that the GPU has not finished. The rest of the cost is the thread that writes.
+    saving     what one save costs the loop, in ms and in steps; call_ms is the part in which the loop stands still.
+               The rest of the cost is the copying and the thread that writes.
 
 All times are of the clock over --steps steps, from an idle GPU to an idle GPU. --tiny runs on a CPU.
 """

@@ -79,7 +79,7 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 def _with_tensors(value: Any, tensors: Iterator[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return next(tensors)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _with_tensors(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_with_tensors(item, tensors) for item in value)

@@ -50,15 +50,16 @@ class LogPoints:
 
     def state_by_now(self, state: RunState) -> Callable[[], RunState]:
         """The state as it now is, for any thread to ask for; that waits for the numbers of steps that were not read."""
-        then, averages = replace(state), replace(self._meter.averages)
+        then, known = replace(state), replace(self._meter.averages)
         outcomes, leaves_out = self._records.unread(), self._guard.leaves_out
 
         def completed() -> RunState:
-            found = outcomes()
+            averages, found = replace(known), outcomes()
             averages.take_in(loss for loss, _ in found)
+            full = replace(then, averages=asdict(averages))
             for numbers in found:
-                then.count(all(map(math.isfinite, numbers)), leaves_out)
-            return replace(then, averages=asdict(averages))
+                full.count(all(map(math.isfinite, numbers)), leaves_out)
+            return full
 
         return completed
 

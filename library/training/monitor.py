@@ -120,7 +120,7 @@ class Monitor:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What is usual, for a state to resume from."""
+        """What is usual as of the last look, for a state to resume from."""
         return {} if self._spikes is None else self._spikes.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 
 from library.training.host_copy import HostCopy, _pieces, bytes_of, reserve_host_memory
@@ -18,6 +20,12 @@ def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
     for found in (copied["a"][0], copied["a"][1][0]):
         assert torch.equal(found, torch.ones(2))
     assert copied["a"][1][1] == 3
+
+
+def test_any_mapping_comes_as_a_dict_with_its_own_tensors():
+    value = [MappingProxyType({"a": torch.ones(2)}), torch.zeros(3)]
+    first, second = HostCopy(value).wait()
+    assert torch.equal(first["a"], torch.ones(2)) and torch.equal(second, torch.zeros(3))
 
 
 def test_copies_are_not_part_of_the_graph():

@@ -63,6 +63,7 @@ def test_a_state_has_the_numbers_of_all_its_steps_whether_or_not_they_were_read(
     case.step(nan)
     case.points.look(own)
     state = completed()
+    assert state == completed()
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (4, 3, 0)
     assert state.averages == {"average": 3.0, "losses_read": 2, "epoch_sum": 6.0, "epoch_steps": 2}
     assert own.averages == {}
