@@ -1,17 +1,21 @@
-"""Pictures of curves and distributions, without pyplot and its global state."""
+"""Pictures of curves and distributions, without pyplot and its global state.
+
+Matplotlib is imported when something is drawn: a run's start need not wait half a second for it.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from library.errors import UserError
 from library.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def save_line_plot(path: Path, title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> None:
@@ -24,6 +28,8 @@ def save_line_plot(path: Path, title: str, x_label: str, series: Mapping[str, Se
 
 def line_plot_svg(title: str, x_label: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """The same as an <svg> element for a page, whose text the browser draws."""
+    import matplotlib
+
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         _line_plot(title, x_label, series).savefig(buffer, format="svg")
@@ -53,6 +59,8 @@ def _line_plot(title: str, x_label: str, series: Mapping[str, Sequence[tuple[flo
 
 
 def _labelled_axes(title: str, x_label: str) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot(title=title, xlabel=x_label)
     axes.grid(alpha=0.3)
