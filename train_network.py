@@ -285,6 +285,8 @@ class NetworkTrainer(ABC):
                     stopping = vote.cast(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:
                         break
+            if self.state.step < total_steps:  # stopped, and there may be steps behind the last log point
+                log_points.reach(self.state.step, self.rates())
             log_points.look(self.state)
             logger.info("%s", meter.summary())
             if self.state.step < total_steps:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -139,6 +141,24 @@ def test_a_save_that_falls_between_log_points_is_judged_first(config, harm, weig
     assert (state["step"], state["skipped_steps"], state["rollbacks"], state["rate_factor"]) == (3, 1, 1, 0.5)
     saved = load_file(tmp_path / "output" / "tiny-step00000003-state" / "network.safetensors")
     assert all(torch.equal(tensor, weights[0][name]) for name, tensor in saved.items())
+
+
+def test_a_stopped_run_has_drawn_and_judged_its_last_steps(config, harm, weights, tmp_path, monkeypatch):
+    step = NetworkTrainer.step
+
+    def stopped(self, batches, sample_count):
+        if self.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batches, sample_count)
+
+    monkeypatch.setattr(NetworkTrainer, "step", stopped)
+    harm(spoil_data, step=1)
+    assert main(config(max_train_steps=9, on_nonfinite="rollback", log_every_n_steps=50)) == 130
+    state = run_state(tmp_path, "tiny-step00000003")
+    assert (state["step"], state["skipped_steps"], state["rollbacks"]) == (3, 1, 1)
+    (progress,) = (tmp_path / "logs").glob("*/progress.jsonl")
+    lines = map(json.loads, progress.read_text(encoding="utf-8").splitlines())
+    assert [line["step"] for line in lines if line["event"] == "log"] == [1, 3]
 
 
 def test_warn_takes_the_step(config, harm, tmp_path, capsys):

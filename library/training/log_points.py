@@ -42,9 +42,16 @@ class LogPoints:
         self._records, self._meter, self._tracker = records, meter, tracker
         self._monitor, self._guard, self._gather = monitor, guard, gather
         self._reached: tuple[int, Mapping[str, float]] | None = None
+        self._last_step: int | None = None
 
     def reach(self, step: int, rates: Mapping[str, float]) -> None:
-        """Sends what the steps gave on its way; `look` must have been called since the last log point."""
+        """Sends what the steps gave on its way; does nothing where that log point was reached before.
+
+        `look` must have been called since the last other one.
+        """
+        if step == self._last_step:
+            return
+        self._last_step = step
         self._records.start(step, self._monitor.weights_norm())
         self._reached = step, rates
 

@@ -48,6 +48,17 @@ def test_a_log_point_is_drawn_as_it_was_when_it_was_reached(case):
     assert case.judged == [[1, 2], [3]]
 
 
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_log_point_that_is_reached_again_is_one(case, looks):
+    case.step(4.0)
+    case.points.reach(1, {})
+    if looks:
+        case.points.look(RunState(step=1))
+    case.points.reach(1, {})
+    case.points.look(RunState(step=1))
+    assert [step for step, _ in case.drawn] == [1] and case.judged == [[1]]
+
+
 def test_a_state_has_the_numbers_of_all_its_steps_whether_or_not_they_were_read(case):
     """One log point was looked at, one was reached, and behind that there are steps."""
     nan = float("nan")
