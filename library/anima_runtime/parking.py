@@ -10,8 +10,9 @@ from torch import Tensor
 
 # Smaller tensors stay: a copy of its own takes 10 µs.
 _LEAST_BYTES = 2**20
-# Pinned memory is taken so many bytes at a time: a power of two, to which torch rounds what it pins.
-_CHUNK_BYTES = 2**28
+# Pinned memory is taken so many bytes at a time, or as many as fit several rooms: powers of two, to which torch rounds
+# what it pins. For a room alone that may be nearly twice its size.
+_CHUNK_BYTES, _ROOMS_OF_A_CHUNK = 2**28, 8
 _ALIGNED = 256
 
 
@@ -144,9 +145,14 @@ class Parking:
     def _new_rooms(self, nbytes: int) -> list[Tensor]:
         if self._device.type != "cuda":
             return [torch.empty(nbytes, dtype=torch.uint8)]
-        chunk = torch.empty(max(_CHUNK_BYTES, nbytes), dtype=torch.uint8, pin_memory=True)
+        chunk = torch.empty(_chunk_bytes(nbytes), dtype=torch.uint8, pin_memory=True)
         count = len(chunk) // nbytes
         return list(chunk.split(len(chunk) // count // _ALIGNED * _ALIGNED))[:count]
+
+
+def _chunk_bytes(room_bytes: int) -> int:
+    """How much to pin for rooms of so many bytes."""
+    return max(_CHUNK_BYTES, 1 << (_ROOMS_OF_A_CHUNK * room_bytes - 1).bit_length() - 1)
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from library.anima_runtime.parking import Parking
+from library.anima_runtime.parking import Parking, _chunk_bytes
 
 DEVICES = [
     torch.device("cpu"),
@@ -112,6 +112,16 @@ def test_what_is_left_for_good_gives_its_room_back(device):
         assert {parked.room.data_ptr() for parked in again} == rooms
     for tensor, back in zip([*drawn(2, device), drawn(3, device)[2]], parking.take([*again, *left]), strict=True):
         assert torch.equal(back, tensor)
+
+
+@pytest.mark.parametrize("mebibytes", [4, 60, 64, 65, 129, 302, 576, 1024, 3000])
+def test_pinned_memory_is_not_lost_to_rounding(mebibytes):
+    """Torch pins powers of two."""
+    room = mebibytes * 2**20
+    taken = _chunk_bytes(room)
+    assert taken.bit_count() == 1
+    assert taken // room * room > 0.8 * taken
+    assert taken <= max(2**28, 8 * room)
 
 
 def test_small_tensors_stay(device):
