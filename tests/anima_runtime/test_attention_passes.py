@@ -19,9 +19,9 @@ def own_attention(q, k, v):
 def expected(q, k, v, zeros, dout):
     """The result and its gradients by plain maths; zeros stand behind the keys and values."""
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    nothing = torch.zeros(len(k), zeros, HEADS, SIZE, dtype=k.dtype)
+    nothing = k.new_zeros(len(k), zeros, *k.shape[2:])
     keys, values = (torch.cat([x, nothing], dim=1) for x in leaves[1:])
-    logits = torch.einsum("blhd,bshd->bhls", leaves[0], keys) / SIZE**0.5
+    logits = torch.einsum("blhd,bshd->bhls", leaves[0], keys) / q.shape[3] ** 0.5
     out = torch.einsum("bhls,bshd->blhd", logits.softmax(-1), values).flatten(2)
     return out, torch.autograd.grad(out, leaves, dout)
 
@@ -50,3 +50,26 @@ def test_bf16_is_as_good_as_with_all_keys():
     found = attended.output, *attend_backward(attended, dout.bfloat16().flatten(0, 1).flatten(1))
     for own, exact in zip(found, (out, *gradients), strict=True):
         assert (own.float() - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("few_keys", [True, False])
+@pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
+@pytest.mark.parametrize(("keys", "zeros"), [(128, 384), (100, 0), (256, 256), (640, 0)])
+def test_each_kernel_of_a_card_gives_the_same(monkeypatch, few_keys, backend, keys, zeros):
+    """few_keys: whether this project's own take what they can; some cards lack the memory for them."""
+    from library.anima_runtime import few_keys_kernels
+
+    if not few_keys:
+        monkeypatch.setattr(few_keys_kernels, "attends", lambda q, k: False)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(2, rows, 4, 128, generator=generator, device="cuda").bfloat16() for rows in (1024, keys, keys, 1024)
+    )
+    out, gradients = expected(*(x.double() for x in (q, k, v)), zeros, dout.double().flatten(2))
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        attended = attend_forward(attend, q, k, v, zeros)
+        found = attended.output, *attend_backward(attended, dout.flatten(0, 1).flatten(1))
+    for own, exact in zip(found, (out, *gradients), strict=True):
+        assert (own.double() - exact).norm() < 0.01 * exact.norm()

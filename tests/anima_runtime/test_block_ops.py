@@ -23,7 +23,7 @@ def draw():
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """`block_kernels` as a module, in Triton's interpreter; tests/test_cuda.py runs whole blocks of them on a card.
+    """`block_kernels` in Triton's interpreter; tests/test_cuda.py runs whole blocks of them on a card.
 
     Cut up as large inputs are: several programs a row, and several turns a program.
     """
@@ -182,6 +182,19 @@ def test_head_norms_are_the_plain_formula_with_autograds_gradients(
     expected = plain_heads(head_case, turns, norms, copies)
     for found, wanted in zip(run_heads(head_case, ops, dtype, turns, norms, copies), expected, strict=True):
         assert close(found, wanted, bound)
+
+
+@pytest.mark.parametrize("ops", ["plain", "kernels"])
+def test_gradients_of_heads_may_be_wider_than_what_they_are_written_to(head_case, request, ops):
+    """Those of few keys, and of their values, are float32 sums; the model is bf16."""
+    ops = block_ops if ops == "plain" else request.getfixturevalue("head_kernels")
+    expected = plain_heads(head_case, False, 1, True)
+    x, weight, gradients = head_case.inputs[0].detach(), head_case.weights[0].detach(), head_case.gradients[::2]
+    into = [apart(torch.empty(COUNT, WIDTH, dtype=torch.bfloat16)) for _ in gradients]
+    wide = [gradient.float() for gradient in gradients]
+    ops.head_norms_backward(wide, [x.bfloat16()], [weight.float()], None, LENGTH, into, None)
+    for found, wanted in zip(into, expected[1:3], strict=True):
+        assert found.dtype == torch.bfloat16 and close(found, wanted, 0.005)
 
 
 @pytest.mark.parametrize(("ops", "dtype", "bound"), [("plain", torch.float64, 1e-12), ("kernels", torch.float32, 1e-6)])
