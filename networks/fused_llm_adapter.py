@@ -28,7 +28,7 @@ from networks.targets import LLM_ADAPTER_PREFIX
 
 
 class _Saved(NamedTuple):
-    """What the forward pass leaves for the backward pass. kv: products of the source, (k, v) of each block in turn."""
+    """What the forward pass leaves for the backward pass. x: the stream behind the last block."""
 
     around: Surroundings
     source_NC: Tensor

@@ -1,8 +1,8 @@
 """LoKr: a Kronecker-product update of one Linear (Yeh et al., 2023, "Navigating Text-To-Image Customization", LyCORIS).
 
-ΔW = scale · (w1 ⊗ w2), w1 [out_small, in_small], w2 [out_large, in_large]. The product is never built in training:
+ΔW = scale · (w1 ⊗ w2), w1 [out_small, in_small], w2 [out_large, in_large]. The product is not built here:
 (w1 ⊗ w2) x is w1 X w2ᵀ with x seen as a matrix X [in_small, in_large], which for 2048 × 2048 at factor 8 costs an
-eighth of a dense product.
+eighth of a dense product. `joint_lokr`, for passes that are written out, does build it.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def residual_case(draw):
 
 
 def run_residual(case, ops, dtype, has_branch, has_dx):
-    """x, normed, and gradients of x and norm, by `residual_norm` or `block_kernels`."""
+    """x, normed, and gradients of x and norm, by `residual_norm` or `residual_norm_kernels`."""
     x, base, hidden, weight, norm = (tensor.detach().to(dtype) for tensor in case.inputs)
     branch = Sum(apart(base), apart(hidden), weight) if has_branch else None
     x_out, normed = ops.residual_norm(apart(x), branch, norm, apart(torch.empty_like(x)))
