@@ -258,7 +258,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         prepared = []
         for length, rows in rows_of.items():
             own = [encoded[row] for row in rows]
-            if self.fuses:  # zero rows need not be there
+            # Zero rows need not be there; a trial has them all the same, as other captions of its bucket may be longer.
+            if self.fuses and not self.settings.run.preflight:
                 longest = max(caption.padded_length for caption in own)
                 length = min(length, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP)
             chosen = slice(None) if len(rows_of) == 1 else rows

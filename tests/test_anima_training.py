@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -303,6 +304,11 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     torch.testing.assert_close(own[0], contexts[0][:, :128], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(own[1], contexts[1], rtol=1e-5, atol=1e-6)
     assert not contexts[0][:, 128:].any()
+    settings = trainer.settings
+    trainer.settings = replace(settings, run=replace(settings.run, preflight=True))
+    (inputs,) = trainer.prepare(batch(short, short))
+    assert inputs.t5_ids_BL.shape[1] == 512
+    trainer.settings = settings
     uneven = CaptionStates(torch.zeros(200, trainer.config.llm_adapter.source_width), torch.tensor([5, 1]))
     trainer.captions = SimpleNamespace(encode=lambda captions: [uneven] * len(captions))
     (inputs,) = trainer.prepare(batch(short, short))
