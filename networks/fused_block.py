@@ -20,19 +20,16 @@ from library.anima_runtime.block_ops import (
     ModulationSums,
     Normed,
     Sum,
-    empty_head_sums,
     empty_sums,
     gated_norm,
     gated_norm_backward,
     gelu,
     gelu_backward,
-    head_norms,
-    head_norms_backward,
     summed,
 )
 from library.anima_runtime.transformer import Block
 from networks.adapter import Adapter
-from networks.fused_parts import FusedNorm, Joint, Parts, heads, norm_gradients, rows
+from networks.fused_parts import FusedNorm, HeadNormsBackward, Joint, Parts, heads, normed_heads, rows
 
 
 class Given(NamedTuple):
@@ -144,7 +141,7 @@ class FusedBlock:
         dmodulations: Sequence[Tensor | None] = [None] * 3
         if done.partial_BPSD is not None:
             dmodulations = summed(done.partial_BPSD).to(given.modulations[0].dtype).chunk(3, dim=1)
-        done.add_norms()
+        done.found |= done.head_norms.found()
         gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
         return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
 
@@ -175,8 +172,8 @@ class FusedBlock:
     def own_heads(self, x_BLD: Tensor, normed: Normed, given: Given) -> tuple[list[Tensor], Gradients]:
         """q, k and v of self-attention: rows as the product gives them, and heads as attention takes them."""
         qkv = self.qkv.forward(normed.normed_ND)
-        q, k = self._normed(qkv[:2], self.norms[:2], given.rotary, x_BLD)
-        return qkv, (q, k, self.heads(qkv[2], x_BLD))
+        q, k = normed_heads(qkv[:2], self.norms[:2], given.rotary, len(x_BLD))
+        return qkv, (q, k, heads(qkv[2], len(x_BLD), self.head_size))
 
     def _run_self_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> SelfAttention:
         qkv, own = self.own_heads(x_BLD, normed, given)
@@ -186,9 +183,9 @@ class FusedBlock:
         q = self.q.forward(normed.normed_ND)
         context_rows = rows(given.context_BSD)
         kv, kv_hidden = self.kv.forward_any(context_rows)
-        (q_heads,) = self._normed(q, self.norms[2:3], None, x_BLD)
-        (k_heads,) = self._normed(kv[:1], self.norms[3:], None, x_BLD)
-        v_heads = self.heads(kv[1], x_BLD)
+        (q_heads,) = normed_heads(q, self.norms[2:3], None, len(x_BLD))
+        (k_heads,) = normed_heads(kv[:1], self.norms[3:], None, len(x_BLD))
+        v_heads = heads(kv[1], len(x_BLD), self.head_size)
         attended = attend_forward(self.block.cross_attn.attend, q_heads, k_heads, v_heads, given.zero_rows)
         return CrossAttention(x_BLD, normed, q, context_rows, kv, kv_hidden, attended)
 
@@ -205,26 +202,13 @@ class FusedBlock:
         linear = self.self_output if isinstance(branch, SelfAttention) else self.cross_output
         return Output(*linear.forward_late(rows(branch.attended.output)))
 
-    def heads(self, x_NE: Tensor, x_BLD: Tensor) -> Tensor:
-        """Rows [N, E] of as many samples as x has, as (B, L, heads, D)."""
-        return heads(x_NE, len(x_BLD), self.head_size)
-
-    def _normed(
-        self, inputs: Sequence[Tensor], norms: Sequence[FusedNorm], rotary: RotaryTables | None, x_BLD: Tensor
-    ) -> list[Tensor]:
-        """(B, L, heads, D) each."""
-        length = len(inputs[0]) // len(x_BLD)
-        normed = head_norms(inputs, [norm.weight for norm in norms], rotary, length)
-        return [self.heads(x_NE, x_BLD) for x_NE in normed]
-
 
 class _BackwardPass:
     """A block's backward pass, branch by branch from the last: from behind the branch's gate to the norm before it.
 
     dx_BLD: the gradient of the residual stream as far as the pass has come, without what comes through the norm reached
     last: dnormed_ND, the gradient of its result, which the next branch takes along with that norm, `reached`. found:
-    gradients of the parameters of each part. partial_BPSD, norm_sums_MPD: sums for gradients of modulations and of
-    norms, where they are wanted.
+    gradients of the parameters of each part. partial_BPSD: sums for gradients of modulations, where they are wanted.
     """
 
     def __init__(self, fused: FusedBlock, tape: Tape, given: Given, dx_BLD: Tensor, wants_modulations: bool) -> None:
@@ -237,8 +221,7 @@ class _BackwardPass:
         self.found: dict[Joint | FusedNorm, list[Tensor]] = {}
         self.wants_modulations = wants_modulations
         self.partial_BPSD = empty_sums(dx_BLD, slots=9) if wants_modulations else None
-        trains = any(norm.adapter is not None for norm in fused.norms)
-        self.norm_sums_MPD = empty_head_sums(rows(dx_BLD), len(fused.norms), fused.head_size) if trains else None
+        self.head_norms = HeadNormsBackward(fused.norms, rows(dx_BLD), len(dx_BLD))
 
     def pass_mlp(self) -> None:
         """The last branch, which comes first."""
@@ -260,10 +243,10 @@ class _BackwardPass:
         branch = self.tape.take(self.wants_modulations)
         dq, dk, dv = self._pass_attention(1, branch.attended, branch.output, fused.cross_output)
         gradients = fused.q.empty_gradients(self.count)
-        self._pass_head_norms(2, (dq,), branch.q, None, gradients)
+        self.head_norms.run(2, (dq,), branch.q, None, gradients)
         self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, branch.normed.normed_ND, None, True)
         gradients = fused.kv.empty_gradients(len(branch.context_rows))
-        self._pass_head_norms(3, (dk, dv), branch.kv[:1], None, gradients)
+        self.head_norms.run(3, (dk, dv), branch.kv[:1], None, gradients)
         dcontext_NC, self.found[fused.kv] = fused.kv.backward(
             gradients, branch.context_rows, branch.kv_hidden, wants_context
         )
@@ -277,16 +260,12 @@ class _BackwardPass:
         dq, dk, dv = self._pass_attention(0, attended, output, fused.self_output)
         del attended  # before the memory is asked for that is as large
         gradients = fused.qkv.empty_gradients(self.count)
-        self._pass_head_norms(0, (dq, dk, dv), qkv[:2], self.rotary, gradients)
+        self.head_norms.run(0, (dq, dk, dv), qkv[:2], self.rotary, gradients)
         del dq, dk, dv, qkv
         self.dnormed_ND, self.found[fused.qkv] = fused.qkv.backward(gradients, normed.normed_ND, None, wants_begin)
         self.reached = x_BLD, normed, self.shift_scales[0]
         if wants_begin:
             self._pass_norm(None, None, self._sums(0, 0))
-
-    def add_norms(self) -> None:
-        """Last of all, the gradients of the norms that train."""
-        self.found |= norm_gradients(self.fused.norms, self.norm_sums_MPD)
 
     def _pass_gate(self, number: int, output: Output, linear: Joint) -> list[Tensor]:
         """Passes the norm reached last, if any, and a branch's gate: the gradient of what the branch gave to it."""
@@ -312,21 +291,6 @@ class _BackwardPass:
         dattended, self.found[linear] = linear.backward(gradients, rows(attended.output), output.hidden_NR, True)
         del gradients
         return attend_backward(attended, dattended)
-
-    def _pass_head_norms(
-        self,
-        first: int,
-        gradients: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        rotary: RotaryTables | None,
-        into: Sequence[Tensor],
-    ) -> None:
-        """The norms from number `first`, and v beside them, if given, from the gradients (B, L, heads, D) of each."""
-        norms = slice(first, first + len(inputs))
-        weights = [norm.weight for norm in self.fused.norms[norms]]
-        length = len(inputs[0]) // len(self.dx_BLD)
-        sums = None if self.norm_sums_MPD is None else self.norm_sums_MPD[norms]
-        head_norms_backward([rows(x).flatten(1) for x in gradients], inputs, weights, rotary, length, into, sums)
 
 
 def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:

@@ -86,8 +86,8 @@ class FusedLLMAdapter:
         self._parts = [*joints, *norms]
         # What is alike in all blocks.
         self._alike, self._fed, self._late = (
-            list(zip(*of, strict=True))
-            for of in zip(*((block.joints, block.fed, block.late) for block in self._blocks), strict=True)
+            list(zip(*(getattr(block, name) for block in self._blocks), strict=True))
+            for name in ("joints", "fed", "late")
         )
         self._weights = TrainedWeights(list(adapters.values()), joints, norms)
 

@@ -13,18 +13,11 @@ from torch import Tensor
 
 from library.anima_runtime.attention import RotaryTables
 from library.anima_runtime.attention_passes import Attended, Gradients, attend_backward, attend_masked_forward
-from library.anima_runtime.block_ops import (
-    Sum,
-    empty_head_sums,
-    gelu,
-    gelu_backward,
-    head_norms,
-    head_norms_backward,
-)
+from library.anima_runtime.block_ops import Sum, gelu, gelu_backward
 from library.anima_runtime.llm_adapter import AdapterBlock
 from library.anima_runtime.residual_norm import RootNormed, residual_norm, residual_norm_backward
 from networks.adapter import Adapter
-from networks.fused_parts import FusedNorm, Joint, Parts, heads, norm_gradients, rows
+from networks.fused_parts import FusedNorm, HeadNormsBackward, Joint, Parts, heads, normed_heads, rows
 from networks.joint_linear import Passed
 from networks.joint_lokr import JointLoKr
 
@@ -112,15 +105,16 @@ class FusedLLMBlock:
         """
         x_first, first = residual_norm(x_ND, branch, self.norms[0].weight, rooms.inputs[self.qkv][0])
         qkv = self.qkv.forward(first.normed_ND)
-        q, k = self._turned(qkv[:2], self.head_norms[:2], around.rotary, around)
-        self_attended = attend_masked_forward(q, k, self._heads(qkv[2], around), around.bias_BL)
+        q, k = normed_heads(qkv[:2], self.head_norms[:2], around.rotary, around.samples)
+        v = heads(qkv[2], around.samples, self.head_size)
+        self_attended = attend_masked_forward(q, k, v, around.bias_BL)
         self_output, self_hidden = self._late(self.self_output, rows(self_attended.output), rooms)
 
         x_second, second = residual_norm(x_first, self_output, self.norms[1].weight, rooms.inputs[self.q][0])
         (q_cross,) = self.q.forward(second.normed_ND)
-        (q,) = self._turned([q_cross], self.head_norms[2:3], around.rotary, around)
-        (k,) = self._turned([k_source_NE], self.head_norms[3:], around.source_rotary, around)
-        v = self._heads(v_source_NE, around)
+        (q,) = normed_heads([q_cross], self.head_norms[2:3], around.rotary, around.samples)
+        (k,) = normed_heads([k_source_NE], self.head_norms[3:], around.source_rotary, around.samples)
+        v = heads(v_source_NE, around.samples, self.head_size)
         cross_attended = attend_masked_forward(q, k, v, around.source_bias_BS)
         cross_output, cross_hidden = self._late(self.cross_output, rows(cross_attended.output), rooms)
 
@@ -154,22 +148,10 @@ class FusedLLMBlock:
         done.pass_mlp()
         done.pass_cross_attention(dk_source_NE, dv_source_NE)
         done.pass_self_attention(dx_out_ND)
-        done.add_norms()
-        return done.found, done.passed
+        return done.found | done.head_norms.found(), done.passed
 
     def _late(self, joint: Joint, x_NI: Tensor, rooms: Rooms) -> tuple[Sum, Tensor | None]:
         return joint.forward_late(x_NI, rooms.outputs[joint][0])
-
-    def _turned(
-        self, inputs: Sequence[Tensor], norms: Sequence[FusedNorm], rotary: RotaryTables, around: Surroundings
-    ) -> list[Tensor]:
-        """Normed and rotated heads, (B, L, heads, D) each."""
-        length = len(inputs[0]) // around.samples
-        turned = head_norms(inputs, [norm.weight for norm in norms], rotary, length)
-        return [self._heads(x_NE, around) for x_NE in turned]
-
-    def _heads(self, x_NE: Tensor, around: Surroundings) -> Tensor:
-        return heads(x_NE, around.samples, self.head_size)
 
 
 class _BackwardPass:
@@ -190,9 +172,7 @@ class _BackwardPass:
         self.fused, self.saved, self.around, self.sums_PSD, self.rooms = fused, saved, around, sums_PSD, rooms
         self.found: Found = {}
         self.passed: dict[Joint, Passed] = {}
-        trains = any(norm.adapter is not None for norm in fused.head_norms)
-        most = max(saved.q, saved.k_source, key=len)
-        self.norm_sums_MPD = empty_head_sums(most, len(fused.head_norms), fused.head_size) if trains else None
+        self.head_norms = HeadNormsBackward(fused.head_norms, max(saved.q, saved.k_source, key=len), around.samples)
 
     def pass_mlp(self) -> None:
         fused, saved = self.fused, self.saved
@@ -204,16 +184,16 @@ class _BackwardPass:
     def pass_cross_attention(self, dk_source_NE: Tensor, dv_source_NE: Tensor) -> None:
         fused, saved, around = self.fused, self.saved, self.around
         dq, dk, dv = self._pass_attention(fused.cross_output, saved.cross_attended, saved.cross_hidden)
-        self._pass_head_norms(2, (dq,), [saved.q], around.rotary, self.rooms[fused.q])
+        self.head_norms.run(2, (dq,), [saved.q], around.rotary, self.rooms[fused.q])
         into = dk_source_NE, dv_source_NE
-        self._pass_head_norms(3, (dk, dv), [saved.k_source], around.source_rotary, into)
+        self.head_norms.run(3, (dk, dv), [saved.k_source], around.source_rotary, into)
         dnormed = self._pass_joint(fused.q, saved.second.normed_ND)
         self._pass_norm(1, fused.cross_output, dnormed, saved.x_second, saved.second, self.rooms[fused.self_output][0])
 
     def pass_self_attention(self, dx_out_ND: Tensor | None) -> None:
         fused, saved, around = self.fused, self.saved, self.around
         dq, dk, dv = self._pass_attention(fused.self_output, saved.self_attended, saved.self_hidden)
-        self._pass_head_norms(0, (dq, dk, dv), saved.qkv[:2], around.rotary, self.rooms[fused.qkv])
+        self.head_norms.run(0, (dq, dk, dv), saved.qkv[:2], around.rotary, self.rooms[fused.qkv])
         dnormed = self._pass_joint(fused.qkv, saved.first.normed_ND, wants_input=dx_out_ND is not None)
         if dx_out_ND is not None:
             self._pass_norm(0, fused.self_output, dnormed, saved.x_first, saved.first, dx_out_ND)
@@ -240,22 +220,3 @@ class _BackwardPass:
     def _pass_attention(self, output: Joint, attended: Attended, hidden_NR: Tensor | None) -> Gradients:
         """Gradients of q, k and v (B, L, heads, D), from that of the output."""
         return attend_backward(attended, self._pass_joint(output, rows(attended.output), hidden_NR))
-
-    def _pass_head_norms(
-        self,
-        first: int,
-        gradients: Sequence[Tensor],
-        inputs: Sequence[Tensor],
-        rotary: RotaryTables,
-        into: Sequence[Tensor],
-    ) -> None:
-        """The norms from number `first`, and v beside them, if given, from the gradients (B, L, heads, D) of each."""
-        norms = slice(first, first + len(inputs))
-        weights = [norm.weight for norm in self.fused.head_norms[norms]]
-        length = len(inputs[0]) // self.around.samples
-        sums = None if self.norm_sums_MPD is None else self.norm_sums_MPD[norms]
-        head_norms_backward([rows(x).flatten(1) for x in gradients], inputs, weights, rotary, length, into, sums)
-
-    def add_norms(self) -> None:
-        """Last of all, the gradients of the heads' norms that train."""
-        self.found |= norm_gradients(self.fused.head_norms, self.norm_sums_MPD)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.attention import RMSNorm
-from library.anima_runtime.block_ops import ManyCopies, summed
+from library.anima_runtime.attention import RMSNorm, RotaryTables
+from library.anima_runtime.block_ops import ManyCopies, empty_head_sums, head_norms, head_norms_backward, summed
 from networks.adapter import Adapter
 from networks.joint_linear import JointLinear
 from networks.joint_lokr import JointLoKr
@@ -102,7 +102,41 @@ def heads(x_NE: Tensor, samples: int, head_size: int) -> Tensor:
     return x_NE.unflatten(0, (samples, -1)).unflatten(2, (-1, head_size))
 
 
-def norm_gradients(norms: Sequence[FusedNorm], sums_MPD: Tensor | None) -> dict[FusedNorm, list[Tensor]]:
-    """The gradients of those norms' parameters from partial sums, which must be there if any of them trains."""
-    dweights = [None] * len(norms) if sums_MPD is None else summed(sums_MPD)
-    return {norm: [] if norm.adapter is None else [dweight] for norm, dweight in zip(norms, dweights, strict=True)}
+def normed_heads(
+    inputs: Sequence[Tensor], norms: Sequence[FusedNorm], rotary: RotaryTables | None, samples: int
+) -> list[Tensor]:
+    """Heads, normed and rotated, of q and k or one of them, rows [N, E] of so many samples: (B, L, heads, D) each."""
+    weights = [norm.weight for norm in norms]
+    normed = head_norms(inputs, weights, rotary, len(inputs[0]) // samples)
+    return [heads(x_NE, samples, len(weights[0])) for x_NE in normed]
+
+
+class HeadNormsBackward:
+    """The backward pass of `normed_heads` for all norms of a block's heads, and their own gradients."""
+
+    def __init__(self, norms: Sequence[FusedNorm], like_NE: Tensor, samples: int) -> None:
+        """like: rows as those of the largest input, or about as many."""
+        self._norms, self._samples = norms, samples
+        trains = any(norm.adapter is not None for norm in norms)
+        self._sums_MPD = empty_head_sums(like_NE, len(norms), len(norms[0].weight)) if trains else None
+
+    def run(
+        self,
+        first: int,
+        gradients: Sequence[Tensor],
+        inputs: Sequence[Tensor],
+        rotary: RotaryTables | None,
+        into: Sequence[Tensor],
+    ) -> None:
+        """The norms from number `first`, and v beside them, if given, from the gradients (B, L, heads, D) of each."""
+        norms = slice(first, first + len(inputs))
+        weights = [norm.weight for norm in self._norms[norms]]
+        sums = None if self._sums_MPD is None else self._sums_MPD[norms]
+        length = len(inputs[0]) // self._samples
+        head_norms_backward([rows(x).flatten(1) for x in gradients], inputs, weights, rotary, length, into, sums)
+
+    def found(self) -> dict[FusedNorm, list[Tensor]]:
+        """The gradients of the norms' parameters, when all of them have run."""
+        dweights = [None] * len(self._norms) if self._sums_MPD is None else summed(self._sums_MPD)
+        pairs = zip(self._norms, dweights, strict=True)
+        return {norm: [] if norm.adapter is None else [dweight] for norm, dweight in pairs}

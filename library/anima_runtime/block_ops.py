@@ -196,7 +196,7 @@ def head_norms_backward(
 
 
 def empty_head_sums(x_NE: Tensor, norms: int, head_size: int) -> Tensor:
-    """Partial sums for `head_norms_backward` of so many norms, and no more rows than x: [M, P, D]."""
+    """Partial sums for `head_norms_backward` of so many norms, of about as many rows as x: [M, P, D]."""
     programs = _kernels("head").head_programs(*x_NE.shape) if x_NE.is_cuda else 1
     return x_NE.new_empty(norms, programs, head_size, dtype=torch.promote_types(x_NE.dtype, torch.float32))
 

@@ -67,7 +67,7 @@ def each_case():
             yield pytest.param(case, captions, marks=[] if is_first else [pytest.mark.slow])
 
 
-@pytest.mark.parametrize(("case", "captions"), each_case())
+@pytest.mark.parametrize(("case", "captions"), list(each_case()))
 def test_losses_and_gradients_are_those_of_the_modules(small, card, case, captions):
     module, arguments, dim = CASES[case]
     loss, expected = loss_and_gradients(*model_and_network(module, arguments, False, dim), torch.float64, captions)
