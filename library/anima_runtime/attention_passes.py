@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn.attention import SDPBackend
 
 from library.anima_runtime.attention import attend
 from library.anima_runtime.attention_backends import AttentionFunction
-from library.anima_runtime.block_ops import add_zero_keys
+from library.anima_runtime.block_ops import add_zero_keys, kernels_of
 
 # A kernel's backward pass is shared out by heads and so many keys. With less than enough such shares for an H200 the
 # queries come in parts, as samples of their own: 74 µs instead of 181 for 4096 queries of 128 keys in 8 parts, 120 for
@@ -59,7 +58,7 @@ def attend_forward(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor,
 
     zeros: how many further keys and values are zero.
     """
-    if function is attend and q.is_cuda and k.shape[1] < q.shape[1] and _few_keys().attends(q, k):
+    if function is attend and q.is_cuda and k.shape[1] < q.shape[1] and kernels_of("few_keys").attends(q, k):
         return _attend_few_keys((q, k, v), zeros)
     parts = _parts(q, k)
     inputs = _in_parts(q, k, v, parts)
@@ -103,16 +102,9 @@ def _attend_few_keys(inputs: Gradients, zeros: int) -> Attended:
     """By kernels of this project."""
 
     def pass_back(dout_BLE: Tensor, inputs: Gradients, _made: tuple[Tensor, ...]) -> Gradients:
-        return _few_keys().attend_few_keys_backward(*inputs, dout_BLE, zeros)
+        return kernels_of("few_keys").attend_few_keys_backward(*inputs, dout_BLE, zeros)
 
-    return Attended(inputs, _few_keys().attend_few_keys(*inputs, zeros), 1, (), pass_back)
-
-
-def _few_keys() -> ModuleType:
-    """Triton is there on CUDA only."""
-    from library.anima_runtime import few_keys_kernels
-
-    return few_keys_kernels
+    return Attended(inputs, kernels_of("few_keys").attend_few_keys(*inputs, zeros), 1, (), pass_back)
 
 
 def _parts(q: Tensor, k: Tensor) -> int:

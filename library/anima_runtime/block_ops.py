@@ -34,7 +34,7 @@ class Sum(NamedTuple):
 
     def total(self) -> Tensor:
         """The sum, [N, K], in float32 or float64."""
-        base = _wide(self.base_NK)
+        base = widened(self.base_NK)
         if self.hidden_NR is None:
             return base
         return base + self.hidden_NR.to(base.dtype) @ self.weight_RK.to(base.dtype)
@@ -78,16 +78,16 @@ def gated_norm(
 ) -> tuple[Tensor, Normed | None]:
     """x + gate * branch, and its modulated LayerNorm, which is written to normed_ND; either may be left out."""
     if x_BLD.is_cuda:
-        return _kernels("norm").gated_norm(x_BLD, gated, modulation, normed_ND)
+        return kernels_of("norm").gated_norm(x_BLD, gated, modulation, normed_ND)
     if gated is not None:
         branch_BLD = gated.branch.total().view_as(x_BLD)
-        x_BLD = (_wide(x_BLD) + _wide(gated.gate_BD)[:, None] * branch_BLD).to(x_BLD.dtype)
+        x_BLD = (widened(x_BLD) + widened(gated.gate_BD)[:, None] * branch_BLD).to(x_BLD.dtype)
     if modulation is None:
         return x_BLD, None
-    wide = _wide(x_BLD)
+    wide = widened(x_BLD)
     mean = wide.mean(-1, keepdim=True)
     rstd = (wide.var(-1, unbiased=False, keepdim=True) + _EPS).rsqrt()
-    scale, shift = _wide(modulation.scale_BD)[:, None], _wide(modulation.shift_BD)[:, None]
+    scale, shift = widened(modulation.scale_BD)[:, None], widened(modulation.shift_BD)[:, None]
     normed_ND.copy_(((wide - mean) * rstd * (1 + scale) + shift).flatten(0, 1))
     return x_BLD, Normed(normed_ND, mean.flatten(), rstd.flatten())
 
@@ -108,31 +108,31 @@ def gated_norm_backward(
     dbranch, and those of shift, scale and gate go to `sums`, where they are wanted.
     """
     if dx_BLD.is_cuda:
-        return _kernels("norm").gated_norm_backward(
+        return kernels_of("norm").gated_norm_backward(
             dx_BLD, dnormed_ND, x_BLD, normed, modulation, gated, dbranch_ND, sums
         )
-    wide = _wide(dx_BLD)
+    wide = widened(dx_BLD)
     if dnormed_ND is not None:
         rstd = normed.rstd_N.view(*wide.shape[:2], 1)
-        unit = (_wide(x_BLD) - normed.mean_N.view(*wide.shape[:2], 1)) * rstd
-        d = _wide(dnormed_ND).view_as(wide)
+        unit = (widened(x_BLD) - normed.mean_N.view(*wide.shape[:2], 1)) * rstd
+        d = widened(dnormed_ND).view_as(wide)
         if sums is not None:
             sums.partial_BPSD[:, 0, sums.norm_slot] = d.sum(1)
             sums.partial_BPSD[:, 0, sums.norm_slot + 1] = (d * unit).sum(1)
-        d = d * (1 + _wide(modulation.scale_BD)[:, None])
+        d = d * (1 + widened(modulation.scale_BD)[:, None])
         across, along = d.mean(-1, keepdim=True), (d * unit).mean(-1, keepdim=True)
         wide = wide + rstd * (d - across - unit * along)
     if gated is not None:
         if sums is not None:
             sums.partial_BPSD[:, 0, sums.gate_slot] = (wide * gated.branch.total().view_as(wide)).sum(1)
-        dbranch_ND.copy_((wide * _wide(gated.gate_BD)[:, None]).flatten(0, 1))
+        dbranch_ND.copy_((wide * widened(gated.gate_BD)[:, None]).flatten(0, 1))
     return wide.to(dx_BLD.dtype)
 
 
 def empty_sums(x_BLD: Tensor, slots: int) -> Tensor:
     """Partial sums for `gated_norm_backward` of such x, [B, P, slots, D]; every slot must be written."""
     samples, length, width = x_BLD.shape
-    programs = _kernels("norm").modulation_programs(samples, length) if x_BLD.is_cuda else 1
+    programs = kernels_of("norm").modulation_programs(samples, length) if x_BLD.is_cuda else 1
     dtype = torch.float64 if x_BLD.dtype == torch.float64 else torch.float32
     return x_BLD.new_empty(samples, programs, slots, width, dtype=dtype)
 
@@ -140,7 +140,7 @@ def empty_sums(x_BLD: Tensor, slots: int) -> Tensor:
 def summed(partial_BPSD: Tensor) -> Tensor:
     """The sums [B, slots * D] of partial sums."""
     partial_BPK = partial_BPSD.flatten(2)
-    return _kernels().sum_programs(partial_BPK) if partial_BPK.is_cuda else partial_BPK.sum(1)
+    return kernels_of("block").sum_programs(partial_BPK) if partial_BPK.is_cuda else partial_BPK.sum(1)
 
 
 def head_norms(
@@ -152,10 +152,10 @@ def head_norms(
     rows pass through again and again.
     """
     if inputs[0].is_cuda:
-        return _kernels("head").head_norms(inputs, weights, rotary, length)
+        return kernels_of("head").head_norms(inputs, weights, rotary, length)
     outputs = []
     for x_NE, weight_D in zip(inputs, weights, strict=True):
-        heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
+        heads = widened(x_NE).unflatten(-1, (-1, len(weight_D)))
         heads = F.rms_norm(heads, weight_D.shape, weight_D.to(heads.dtype), _EPS)
         if rotary is not None:
             heads = _turn(heads, rotary, length, forwards=True)
@@ -178,13 +178,13 @@ def head_norms_backward(
     gradient more than there are inputs, v's, is copied to its place.
     """
     if gradients[0].is_cuda:
-        _kernels("head").head_norms_backward(gradients, inputs, weights, rotary, length, into, sums_MPD)
+        kernels_of("head").head_norms_backward(gradients, inputs, weights, rotary, length, into, sums_MPD)
         return
     for number, (x_NE, weight_D) in enumerate(zip(inputs, weights, strict=True)):
-        heads = _wide(x_NE).unflatten(-1, (-1, len(weight_D)))
+        heads = widened(x_NE).unflatten(-1, (-1, len(weight_D)))
         rstd = (heads.square().mean(-1, keepdim=True) + _EPS).rsqrt()
         unit = heads * rstd
-        d = _wide(gradients[number]).unflatten(-1, (-1, len(weight_D)))
+        d = widened(gradients[number]).unflatten(-1, (-1, len(weight_D)))
         if rotary is not None:
             d = _turn(d, rotary, length, forwards=False)
         if sums_MPD is not None:
@@ -197,26 +197,26 @@ def head_norms_backward(
 
 def empty_head_sums(x_NE: Tensor, norms: int, head_size: int) -> Tensor:
     """Partial sums for `head_norms_backward` of so many norms, of about as many rows as x: [M, P, D]."""
-    programs = _kernels("head").head_programs(*x_NE.shape) if x_NE.is_cuda else 1
+    programs = kernels_of("head").head_programs(*x_NE.shape) if x_NE.is_cuda else 1
     return x_NE.new_empty(norms, programs, head_size, dtype=torch.promote_types(x_NE.dtype, torch.float32))
 
 
 def gelu(x_NE: Tensor, out_NE: Tensor) -> None:
     """Writes the exact GELU of x, whose rows follow each other, to out."""
     if x_NE.is_cuda:
-        _kernels().gelu(x_NE, out_NE)
+        kernels_of("block").gelu(x_NE, out_NE)
     else:
-        out_NE.copy_(F.gelu(_wide(x_NE)))
+        out_NE.copy_(F.gelu(widened(x_NE)))
 
 
 def gelu_backward(dout_NE: Tensor, x_NE: Tensor, dx_NE: Tensor) -> None:
     """Writes the gradient of `gelu`'s x to dx."""
     if x_NE.is_cuda:
-        _kernels().gelu_backward(dout_NE, x_NE, dx_NE)
+        kernels_of("block").gelu_backward(dout_NE, x_NE, dx_NE)
         return
-    u = _wide(x_NE)
+    u = widened(x_NE)
     slope = 0.5 * (1 + torch.erf(u / math.sqrt(2))) + u * torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
-    dx_NE.copy_(_wide(dout_NE) * slope)
+    dx_NE.copy_(widened(dout_NE) * slope)
 
 
 def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> Tensor:
@@ -225,7 +225,7 @@ def add_zero_keys(out_BLHD: Tensor, lse_BHL: Tensor, count: int) -> Tensor:
     lse: the logarithm of the sum of exp(logit) over a query's keys, float32 at least. Returns that over all of them.
     """
     if out_BLHD.is_cuda:
-        return _kernels().add_zero_keys(out_BLHD, lse_BHL, count)
+        return kernels_of("block").add_zero_keys(out_BLHD, lse_BHL, count)
     total = torch.logaddexp(lse_BHL, torch.full_like(lse_BHL, math.log(count)))
     out_BLHD *= torch.exp(lse_BHL - total).transpose(1, 2)[..., None].to(out_BLHD.dtype)
     return total
@@ -242,7 +242,7 @@ class ManyCopies:
     def run(self) -> None:
         """Copies what the sources, which lie where they are, now hold."""
         if self._copies and self._copies[0][1].is_cuda:
-            self._plan = _kernels().copy_all(self._copies, self._plan)
+            self._plan = kernels_of("block").copy_all(self._copies, self._plan)
             return
         for source, place, factor in self._copies:
             torch.mul(source, factor, out=place)
@@ -252,13 +252,14 @@ def kernel_obstacle(device: torch.device) -> str | None:
     """Why the kernels do not run there, found by running one; None where they do."""
     x_NE = torch.zeros(1, 16, dtype=torch.bfloat16, device=device)
     try:
-        _kernels().gelu(x_NE, torch.empty_like(x_NE))
+        kernels_of("block").gelu(x_NE, torch.empty_like(x_NE))
     except Exception as error:  # no C compiler, no headers of Python, a card that Triton does not know, and more
         return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return None
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """In float32, or float64 as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -270,6 +271,6 @@ def _turn(heads_NHD: Tensor, rotary: RotaryTables, length: int, forwards: bool) 
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def _kernels(subject: str = "block") -> ModuleType:
-    """Triton is there on CUDA only, and takes a while to import."""
+def kernels_of(subject: str) -> ModuleType:
+    """A module of Triton kernels. Triton is there on CUDA only, and takes a while to import."""
     return importlib.import_module(f"library.anima_runtime.{subject}_kernels")

@@ -7,10 +7,10 @@ over memory.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
+
+from library.anima_runtime.block_ops import kernels_of
 
 # Times the number of an element, and of that the upper half: as good as chance, and the same at each call.
 CHANCE = 2654435761  # 2³² over the golden ratio
@@ -23,7 +23,7 @@ def merge(weight: Tensor, w1_MOI: Tensor, w2_MJK: Tensor, out: Tensor) -> None:
     stay as it is under what is less than half its last digit, which the first steps of a training are.
     """
     if weight.is_cuda:
-        _kernels().merge(weight, w1_MOI, w2_MJK, out)
+        kernels_of("mixing").merge(weight, w1_MOI, w2_MJK, out)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
     deltas = [torch.kron(w1.to(wide), w2.to(wide)) for w1, w2 in zip(w1_MOI, w2_MJK, strict=True)]
@@ -37,8 +37,8 @@ def mix(v_MPQ: Tensor, a_MNPJ: Tensor, b_MNQJ: Tensor, mixed_MNPJ: Tensor) -> Te
     The latter, in float32 at least, is v's gradient where a is that of mixed. Tensors may be views of any strides, but
     for the last dimension, which lies in order.
     """
-    if b_MNQJ.is_cuda and _kernels().mixes(v_MPQ):
-        return _kernels().mix(v_MPQ, a_MNPJ, b_MNQJ, mixed_MNPJ)
+    if b_MNQJ.is_cuda and kernels_of("mixing").mixes(v_MPQ):
+        return kernels_of("mixing").mix(v_MPQ, a_MNPJ, b_MNQJ, mixed_MNPJ)
     mixed_MNPJ.copy_(v_MPQ[:, None] @ b_MNQJ)
     products_MNPQ = a_MNPJ @ b_MNQJ.transpose(2, 3)
     return products_MNPQ.sum(1, dtype=torch.promote_types(v_MPQ.dtype, torch.float32))
@@ -49,10 +49,3 @@ def _rounded_by_chance(x: Tensor) -> Tensor:
     chance = (torch.arange(x.numel(), device=x.device) * CHANCE & 0xFFFFFFFF) >> 16
     bits = x.view(torch.int32) + chance.view_as(x).to(torch.int32) & -65536
     return torch.where(x.isnan(), x, bits.view(torch.float32))
-
-
-def _kernels() -> ModuleType:
-    """Triton is there on CUDA only, and takes a while to import."""
-    from library.anima_runtime import mixing_kernels
-
-    return mixing_kernels

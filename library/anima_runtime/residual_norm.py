@@ -6,13 +6,11 @@ Rows N are the tokens of all samples, one after another. Statistics and sums are
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from library.anima_runtime.block_ops import Sum
+from library.anima_runtime.block_ops import Sum, kernels_of, widened
 
 _EPS = 1e-6
 
@@ -29,12 +27,12 @@ def residual_norm(
 ) -> tuple[Tensor, RootNormed | None]:
     """x + branch, and its RMSNorm, which is written to normed_ND; either may be left out. weight: float32 at least."""
     if x_ND.is_cuda:
-        return _kernels().residual_norm(x_ND, branch, weight_D, normed_ND)
+        return kernels_of("residual_norm").residual_norm(x_ND, branch, weight_D, normed_ND)
     if branch is not None:
-        x_ND = (_wide(x_ND) + branch.total()).to(x_ND.dtype)
+        x_ND = (widened(x_ND) + branch.total()).to(x_ND.dtype)
     if weight_D is None:
         return x_ND, None
-    wide = _wide(x_ND)
+    wide = widened(x_ND)
     rstd = (wide.square().mean(-1, keepdim=True) + _EPS).rsqrt()
     normed_ND.copy_(wide * rstd * weight_D.to(wide.dtype))
     return x_ND, RootNormed(normed_ND, rstd.flatten())
@@ -55,29 +53,20 @@ def residual_norm_backward(
     `empty_weight_sums` makes room, if wanted.
     """
     if dnormed_ND.is_cuda:
-        _kernels().residual_norm_backward(dx_ND, dnormed_ND, x_ND, normed, weight_D, dx_out_ND, sums_PD)
+        kernels_of("residual_norm").residual_norm_backward(
+            dx_ND, dnormed_ND, x_ND, normed, weight_D, dx_out_ND, sums_PD
+        )
         return
     rstd = normed.rstd_N[:, None]
-    unit, d = _wide(x_ND) * rstd, _wide(dnormed_ND)
+    unit, d = widened(x_ND) * rstd, widened(dnormed_ND)
     if sums_PD is not None:
         sums_PD[0] = (d * unit).sum(0)
     d = d * weight_D.to(d.dtype)
     dx = rstd * (d - unit * (d * unit).mean(-1, keepdim=True))
-    dx_out_ND.copy_(dx if dx_ND is None else _wide(dx_ND) + dx)
+    dx_out_ND.copy_(dx if dx_ND is None else widened(dx_ND) + dx)
 
 
 def empty_weight_sums(count: int, width: int, slots: int, like: Tensor) -> Tensor:
     """Partial sums for `residual_norm_backward` of so many rows, [P, slots, D]; a slot has what is written to it."""
-    programs = _kernels().backward_programs(count) if like.is_cuda else 1
-    return like.new_empty(programs, slots, width, dtype=_wide(like[:0]).dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _kernels() -> ModuleType:
-    """Triton is there on CUDA only, and takes a while to import."""
-    from library.anima_runtime import residual_norm_kernels
-
-    return residual_norm_kernels
+    programs = kernels_of("residual_norm").backward_programs(count) if like.is_cuda else 1
+    return like.new_empty(programs, slots, width, dtype=widened(like[:0]).dtype)
