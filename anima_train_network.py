@@ -52,6 +52,7 @@ from library.planning.plan import RunPlan
 from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
 from library.tensor_cache import TensorCache, cache_key, identity_of
+from library.training.captured import MOST_GRAPHS
 from library.training.choices import (
     Choice,
     attention_choice,
@@ -73,8 +74,7 @@ logger = logging.getLogger("anima_train_network")
 
 T = TypeVar("T")
 
-# Where zero rows of a context can be left out, batches have a multiple of so many others: for each number that occurs
-# steps are recorded once more, and each row takes time.
+# Where zero rows of a context can be left out, batches have a multiple of at least so many others: each row takes time.
 _CONTEXT_STEP = 128
 
 
@@ -113,6 +113,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
     """What is Anima's own in a training run."""
 
     fuses = parks = False
+    context_step = _CONTEXT_STEP
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
@@ -261,7 +262,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
             # Zero rows need not be there; a trial has them all the same, as other captions of its bucket may be longer.
             if self.fuses and not self.settings.run.preflight:
                 longest = max(caption.padded_length for caption in own)
-                length = min(length, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP)
+                length = min(length, -(-longest // self.context_step) * self.context_step)
             chosen = slice(None) if len(rows_of) == 1 else rows
             places = to_device(torch.tensor(rows), self.device)
             samples = (places, noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], mask[chosen])
@@ -319,8 +320,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
         needed = parked_bytes(self.config, tokens, self.dtype) * self.accelerator.num_processes
         return choose_parking(self.settings.run, self.device, self.checkpoints, fuses, needed)
 
-    def fuse_blocks(self, parks: bool) -> None:
+    def fuse_blocks(self, parks: bool, buckets: int) -> None:
         self.parks = parks
+        self.context_step = context_step(buckets, self.settings.model.anima_seq_len)
         fuse_blocks(self.transformer, self.network, Parking(self.device) if parks else None)
         self.fuses = True
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
@@ -405,6 +407,18 @@ class AnimaNetworkTrainer(NetworkTrainer):
             # The specification lists epsilon and v, which are of another kind: this model predicts ε - x_0.
             "modelspec.prediction_type": "rectified_flow",
         }
+
+
+def context_step(buckets: int, longest: int) -> int:
+    """What numbers of context rows are rounded up to a multiple of, for contexts of up to `longest` rows.
+
+    For each number that occurs a bucket's steps are recorded once more, for full batches and for its last one. With
+    many buckets there are fewer numbers, so that all can be recorded.
+    """
+    step = _CONTEXT_STEP
+    while step < longest and 2 * buckets * -(-longest // step) > MOST_GRAPHS:
+        step *= 2
+    return step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

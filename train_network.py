@@ -385,7 +385,7 @@ class NetworkTrainer(ABC):
         fuses = choose_fusing(speed, before, device, self.dtype, self.fuse_obstacle)
         parks = self.choose_parking(bool(fuses.value))
         if fuses.value:
-            self.fuse_blocks(bool(parks.value))
+            self.fuse_blocks(bool(parks.value), buckets)
         compiles = choose_compiling(speed, before, device, total_steps, bool(fuses.value), self.compile_obstacle())
         if compiles.value:
             self.compile_blocks(buckets)
@@ -408,8 +408,8 @@ class NetworkTrainer(ABC):
         """Whether what gradient checkpointing keeps waits in main memory. fuses: whether own kernels compute blocks."""
 
     @abstractmethod
-    def fuse_blocks(self, parks: bool) -> None:
-        """Has the blocks computed by own kernels."""
+    def fuse_blocks(self, parks: bool, buckets: int) -> None:
+        """Has the blocks computed by own kernels, for pictures of that many shapes."""
 
     def compile_obstacle(self) -> str | None:
         """Why the blocks cannot be compiled; None where nothing is known against it."""

@@ -101,7 +101,7 @@ class ToyTrainer(NetworkTrainer):
     def choose_parking(self, fuses):
         return Choice("cpu_offload_checkpointing", False, "it has no blocks")
 
-    def fuse_blocks(self, parks):
+    def fuse_blocks(self, parks, buckets):
         """It has none."""
 
     def compile_blocks(self, buckets):
