@@ -1,4 +1,4 @@
-"""Stand-ins for Hugging Face and ModelScope: servers on this machine that answer as a test tells them."""
+"""Stand-ins for Hugging Face and ModelScope, servers on this machine that answer as a test tells them; and kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 # A file's content, the number of an error, or a function that returns one of them or writes an answer by itself.
@@ -66,3 +67,18 @@ def hubs(monkeypatch: pytest.MonkeyPatch, tmp_path):
     for hub in (hugging_face, modelscope):
         hub.server.shutdown()
         hub.server.server_close()
+
+
+@pytest.fixture
+def draw():
+    """draw(3, 4): normally distributed float64 numbers, other ones at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def interpreter():
+    """Kernels run in Triton's interpreter, see tests/conftest.py; on a card tests/test_cuda.py runs whole blocks."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a card")

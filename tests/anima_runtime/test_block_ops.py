@@ -9,27 +9,18 @@ import torch.nn.functional as F
 
 from library.anima_runtime import block_ops
 from library.anima_runtime.block_ops import Gated, ManyCopies, Modulation, ModulationSums, Sum
+from tests.anima_runtime.rows import apart, close
 
 SAMPLES, LENGTH, WIDTH, HEAD = 2, 21, 512, 32
 COUNT = SAMPLES * LENGTH
 
 
 @pytest.fixture
-def draw():
-    """draw(3, 4): normally distributed float64 numbers, other ones at each call."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
+def kernels(interpreter, monkeypatch):
     """`block_kernels` in Triton's interpreter; tests/test_cuda.py runs whole blocks of them on a card.
 
     Cut up as large inputs are: several programs a row, and several turns a program.
     """
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime import block_kernels
 
     monkeypatch.setitem(block_kernels.SUM_LAUNCH, "ROWS", 4)
@@ -53,15 +44,6 @@ def head_kernels(kernels, monkeypatch):
 
     monkeypatch.setitem(head_kernels.LAUNCH, "PROGRAMS", 4)
     return head_kernels
-
-
-def apart(rows):
-    """The same rows with others' columns between them, as in a room."""
-    return torch.cat([rows, torch.full_like(rows[:, :16], torch.nan)], dim=1)[:, : rows.shape[1]]
-
-
-def close(found, expected, bound=1e-5):
-    return (found - expected).norm() <= bound * expected.norm()
 
 
 def plain_gated_norm(x, base, hidden, weight, gate, shift, scale):

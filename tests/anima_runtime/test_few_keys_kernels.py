@@ -9,11 +9,8 @@ HEADS, SIZE = 3, 32
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels(interpreter, monkeypatch):
     """The module, with several programs and turns for few rows."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime import few_keys_kernels
 
     monkeypatch.setitem(few_keys_kernels.FORWARD_LAUNCH, "ROWS", 16)

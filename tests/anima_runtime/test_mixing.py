@@ -9,18 +9,8 @@ MEMBERS, COUNT, WIDTH = 3, 37, 96
 
 
 @pytest.fixture
-def draw():
-    """draw(3, 4): normally distributed float64 numbers, other ones at each call."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
+def kernels(interpreter, monkeypatch):
     """`mixing_kernels` in Triton's interpreter, cut up as large inputs are: several tiles a row and a program."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime import mixing_kernels
 
     for name, value in (("PROGRAMS", 9), ("COLUMNS", 64)):

@@ -8,36 +8,18 @@ import torch.nn.functional as F
 
 from library.anima_runtime import residual_norm
 from library.anima_runtime.block_ops import Sum
+from tests.anima_runtime.rows import apart, close
 
 COUNT, WIDTH = 21, 256
 
 
 @pytest.fixture
-def draw():
-    """draw(3, 4): normally distributed float64 numbers, other ones at each call."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
+def kernels(interpreter, monkeypatch):
     """`residual_norm_kernels` as a module, in Triton's interpreter; several turns a program, as of large inputs."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime import residual_norm_kernels
 
     monkeypatch.setitem(residual_norm_kernels.BACKWARD_LAUNCH, "PROGRAMS", 4)
     return residual_norm_kernels
-
-
-def apart(rows):
-    """The same rows with others' columns between them, as in a room."""
-    return torch.cat([rows, torch.full_like(rows[:, :16], torch.nan)], dim=1)[:, : rows.shape[1]]
-
-
-def close(found, expected, bound=1e-5):
-    return (found - expected).norm() <= bound * expected.norm()
 
 
 @pytest.fixture

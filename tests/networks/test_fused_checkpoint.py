@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -71,12 +72,15 @@ def test_parked_tensors_take_what_is_told():
 
 def test_nothing_is_parked_where_no_gradients_are_wanted():
     model, network, parking = fused("lora", "parked")
-    parking.leave = None  # it would be called
+    parking.leave = Mock(wraps=parking.leave)
     with torch.no_grad():
         model(*inputs(8))
     network.requires_grad_(False)
     latents, timesteps, context = inputs(8)
     model(latents, timesteps, context.detach())
+    parking.leave.assert_not_called()
+    model(latents, timesteps, context)
+    assert parking.leave.called
 
 
 class Live(TorchDispatchMode):
