@@ -168,6 +168,18 @@ class NetworkTrainer(ABC):
         """The loss of each sample of one of `prepare`'s results: float32 [B]. Tensor work only: it may be captured."""
 
     @abstractmethod
+    def fuse_obstacle(self) -> str | None:
+        """Why the model's blocks cannot be computed by own kernels; None where nothing is known against it."""
+
+    @abstractmethod
+    def choose_parking(self, fuses: bool) -> Choice:
+        """Whether what gradient checkpointing keeps waits in main memory. fuses: whether own kernels compute blocks."""
+
+    @abstractmethod
+    def fuse_blocks(self, parks: bool, buckets: int) -> None:
+        """Has the blocks computed by own kernels, for pictures of that many shapes."""
+
+    @abstractmethod
     def compile_blocks(self, buckets: int) -> None:
         """Has what a step spends its time in compiled, for pictures of that many shapes."""
 
@@ -364,7 +376,7 @@ class NetworkTrainer(ABC):
         return parameter_groups(self.settings.network, self.settings.optimizer.learning_rate, network)
 
     def make_parts(self, total_steps: int, buckets: int) -> None:
-        """Optimizer, schedule and loss scale for the attached network, and the way in which steps run."""
+        """Optimizer, schedule and loss scale for the attached network, what watches them, how steps are computed."""
         settings = self.settings
         groups = self.parameter_groups(self.network)
         check_optimizer(settings.optimizer, {group["name"]: group["lr"] for group in groups})
@@ -381,7 +393,11 @@ class NetworkTrainer(ABC):
             "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
             reads_each_step=settings.network.scale_weight_norms is not None,
         )  # fmt: skip
-        speed, before, device = settings.speed, self.before, self.device
+        self.choose_steps(total_steps, buckets)
+
+    def choose_steps(self, total_steps: int, buckets: int) -> None:
+        """Chooses how steps are computed, and prepares that: by own kernels, compiled, recorded."""
+        speed, before, device, optimizer = self.settings.speed, self.before, self.device, self.parts.optimizer
         fuses = choose_fusing(speed, before, device, self.dtype, self.fuse_obstacle)
         parks = self.choose_parking(bool(fuses.value))
         if fuses.value:
@@ -398,18 +414,6 @@ class NetworkTrainer(ABC):
             self.captured = CapturedBackward(self.losses, self.network.parameters())
         self.choices += [fuses, parks, compiles, captures]
         logger.info("%s", told(self.choices))
-
-    @abstractmethod
-    def fuse_obstacle(self) -> str | None:
-        """Why the model's blocks cannot be computed by own kernels; None where nothing is known against it."""
-
-    @abstractmethod
-    def choose_parking(self, fuses: bool) -> Choice:
-        """Whether what gradient checkpointing keeps waits in main memory. fuses: whether own kernels compute blocks."""
-
-    @abstractmethod
-    def fuse_blocks(self, parks: bool, buckets: int) -> None:
-        """Has the blocks computed by own kernels, for pictures of that many shapes."""
 
     def compile_obstacle(self) -> str | None:
         """Why the blocks cannot be compiled; None where nothing is known against it."""
