@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import train_network
 from anima_train_network import AnimaNetworkTrainer, main
 
 ROW = re.compile(r"^ +(\d+x\d+) +(\d+) +([\d.]+) +([\d.]+) +[\d.]+ [GM]iB$", re.MULTILINE)
@@ -55,6 +56,22 @@ def test_a_step_has_all_its_batches(config, windows, capsys):
     assert main(words) == 0
     assert windows == [[((64, 64), 2)] * 3] * 2
     assert [row[:3] for row in ROW.findall(capsys.readouterr().err)] == [("64x64", "2", "6.7")]
+
+
+def test_a_card_that_is_nearly_full_is_warned_of(config, monkeypatch, capsys):
+    """Every trial takes more than what is said to be free; nothing fails."""
+    monkeypatch.setattr(train_network, "memory_limit", lambda device: 1)
+    assert main(config(preflight=True, enable_bucket=False)) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "preflight: with a batch of 4 x 64x64 pixels, more than 95% of the GPU's memory is in use" in told
+    assert "What needs less memory: " in told and "gradient_checkpointing = true" in told
+
+
+def test_room_for_states_and_saves_is_told(config, capsys):
+    words = config(preflight=True, enable_bucket=False, max_train_epochs=3, save_state=True, save_every_n_epochs=1)
+    assert main(words) == 0
+    told = capsys.readouterr().err
+    assert re.search(r"files: 3 adapters of 0\.1 MiB, 3 states of up to 0\.\d MiB; [\d.]+ GiB are free", told)
 
 
 def test_a_schedule_shorter_than_the_trial_is_no_obstacle(config, windows):

@@ -1,5 +1,6 @@
 """The loop's own arithmetic, on a toy model: one number to learn."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,6 +157,13 @@ def test_a_step_that_is_not_finite_moves_nothing_and_the_next_one_does():
     assert trainer.moved(make_batch([float("inf")])) == 0
     assert trainer.moved(make_batch([2.0])) == 2
     assert [record.is_finite for record in read_records(trainer, 3)] == [False, False, True]
+
+
+def test_steps_in_fp16_are_not_recorded():
+    trainer = ToyTrainer(make_settings())
+    assert trainer.capture_obstacle() is None
+    trainer.parts = replace(trainer.parts, scaler=torch.amp.GradScaler("cpu", enabled=True))
+    assert trainer.capture_obstacle() == "the model runs in fp16"
 
 
 def test_gradients_are_clipped_over_the_whole_step():

@@ -192,6 +192,12 @@ def compared(result: dict[str, Any], earlier: Sequence[dict[str, Any]]) -> dict[
     return {"times_as_fast": round(result["images_per_second"] / same[-1]["images_per_second"], 3)} if same else {}
 
 
+def against_ceiling(work: float, ceiling: float, milliseconds: float) -> dict[str, float]:
+    """What so many TFLOP take at so many TFLOP/s, and what share of a step's time that is."""
+    floor = 1000 * work / ceiling
+    return {"floor_ms": round(floor, 2), "share_of_ceiling": round(floor / milliseconds, 3)}
+
+
 def measured(name: str, case: Case, arguments: argparse.Namespace, config: AnimaConfig) -> dict[str, Any]:
     """A case's line."""
     device, limits = torch.device("cpu" if arguments.tiny else "cuda"), {}
@@ -203,8 +209,7 @@ def measured(name: str, case: Case, arguments: argparse.Namespace, config: Anima
     result["teraflop"] = round(work, 2)
     if limits:
         result |= {"gpu": torch.cuda.get_device_name(), **limits}
-        result["floor_ms"] = round(1000 * work / limits["ceiling_tflops"], 2)
-        result["share_of_ceiling"] = round(result["floor_ms"] / result["ms_in_a_row"], 3)
+        result |= against_ceiling(work, limits["ceiling_tflops"], result["ms_in_a_row"])
         torch._dynamo.reset()
     if len(case.sides) > MOST_FIXED_SHAPES and arguments.fixed_shapes > 0:
         fixed = fixed_shape_ms(case, arguments.fixed_shapes, *own)

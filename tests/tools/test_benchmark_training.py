@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import tools.benchmark_training as benchmark_training
-from tools.benchmark_cases import CASES, MIXED
-from tools.benchmark_training import interpolated, main
+from library.anima_runtime.config import AnimaConfig
+from tools.benchmark_cases import CASES, MIXED, forward_teraflops, step_teraflops
+from tools.benchmark_training import against_ceiling, interpolated, main
+from tools.gpu_measures import used_memory
+from tools.make_tiny_anima import REAL, transformer_shapes
 
 SHORT = ["--tiny", "--steps", "2", "--warm_up", "1"]
 
@@ -30,6 +34,26 @@ def test_each_case_gives_a_line_of_numbers(capsys):
     plain, _, checkpointing, swapped, rounded = (line["loss_first"] for line in lines)
     assert plain == pytest.approx(checkpointing, rel=1e-5) == pytest.approx(swapped, rel=1e-5)
     assert plain != rounded == pytest.approx(plain, rel=0.1)
+
+
+def test_a_steps_work_is_counted_as_the_peers_was():
+    """By hand, at 1024² and the real size: 17.9 TFLOP forward, 40.2 a step; four pictures are four times as many."""
+    config = AnimaConfig.from_shapes(transformer_shapes(REAL, 32128))
+    assert sum(forward_teraflops((1024, 1024), config)) == pytest.approx(17.9, abs=0.05)
+    assert sum(forward_teraflops((512, 512), config)) == pytest.approx(3.85, abs=0.01)
+    assert step_teraflops(CASES["lora"], config) == pytest.approx(40.2, abs=0.05)
+    assert step_teraflops(CASES["lora_batch4"], config) == pytest.approx(4 * step_teraflops(CASES["lora"], config))
+
+
+def test_the_share_of_the_ceiling_is_of_what_the_work_takes_at_it():
+    assert against_ceiling(40.0, 800.0, 100.0) == {"floor_ms": 50.0, "share_of_ceiling": 0.5}
+
+
+def test_a_cards_memory_is_told_in_gib(monkeypatch):
+    for name, value in (("max_memory_allocated", 5), ("max_memory_reserved", 6), ("mem_get_info", (70, 80))):
+        of = lambda value=value: tuple(v * 2**30 for v in value) if isinstance(value, tuple) else value * 2**30  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, of)
+    assert used_memory(torch.device("cuda")) == {"peak_gib": 5, "reserved_gib": 6, "device_gib": 10}
 
 
 def test_mixed_buckets_are_compared_with_some_of_them_run_alone(monkeypatch, capsys):
