@@ -22,6 +22,7 @@ import anima_train_network
 import train_network
 from anima_train_network import AnimaNetworkTrainer, context_step, main
 from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions
+from library.anima_runtime.transformer import Block
 from library.data.dataset import Batch
 from library.errors import Problems
 from networks import lora_anima
@@ -141,6 +142,20 @@ def test_low_precision_trains_and_stays_near_fp32(config, tmp_path, losses, prec
     assert losses[6:] == pytest.approx(losses[:6], rel=0.03)
     ups = {key: tensor for key, tensor in adapter(tmp_path).items() if key.endswith("lora_up.weight")}
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in ups.values())
+
+
+def test_no_autocast_is_active_in_a_block(config, monkeypatch):
+    """Products run in bfloat16 because the weights are; autocast would also round what is kept in float32."""
+    seen, forward = [], Block.forward
+
+    def watched(self, x_BLD, *others):
+        seen.append((x_BLD.dtype, torch.is_grad_enabled(), torch.is_autocast_enabled(x_BLD.device.type)))
+        return forward(self, x_BLD, *others)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    assert main(config(max_train_steps=2, mixed_precision="bf16", fused_blocks=False)) == 0
+    assert len(seen) >= 2 * 2  # steps, blocks
+    assert set(seen) == {(torch.bfloat16, True, False)}
 
 
 def test_accumulated_batches_make_one_step(config, tmp_path):

@@ -146,3 +146,21 @@ def test_bfloat16_is_close_to_float32():
         exact = adapter.float()(*inputs)
     assert rounded.dtype == torch.bfloat16
     assert relative_error(rounded.float(), exact) <= 0.03
+
+
+def test_float16_weights_keep_a_residual_stream_beyond_the_range_of_float16():
+    adapter = randomise(LLMAdapter(make_config(depth=6))).half()
+    inputs = pad(make_captions())
+    stream = []
+    with torch.no_grad():
+        # 30000 is added to one channel by each of three blocks, and taken back by the other three.
+        for block, sign in zip(adapter.blocks, [1, 1, 1, -1, -1, -1], strict=True):
+            block.mlp[2].weight[0], block.mlp[2].bias[0] = 0, sign * 30000
+            block.register_forward_hook(lambda module, inputs, x: stream.append(x))
+        context = adapter(*inputs)
+        exact = adapter.double()(*inputs)
+    assert stream[0].dtype == torch.float32
+    assert stream[2].abs().max() > 65504
+    assert context.dtype == torch.float16
+    assert context.isfinite().all()
+    assert relative_error(context.double(), exact) <= 0.002  # 0.0007 measured

@@ -80,6 +80,24 @@ def test_an_8_bit_linear_multiplies_by_the_rounded_weight_and_passes_gradients_t
     torch.testing.assert_close(x.grad, kept.sum(0).expand(5, -1))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.005)])
+def test_an_8_bit_linear_and_its_gradient_equal_plain_maths(dtype, tolerance):
+    """bfloat16 rounds scale, weight and result: each by at most 2⁻⁹ = 0.002 of itself."""
+    torch.manual_seed(0)
+    holder = nn.Module()
+    holder.blocks = [nn.Sequential(nn.Linear(24, 16, bias=False, dtype=dtype))]
+    quantise_blocks(holder)
+    (linear,) = holder.blocks[0]
+    kept_OI = linear.weight.double() * linear.scale_O1.double()
+    x, dout = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True), torch.randn(2, 5, 16, dtype=dtype)
+    output = linear(x)
+    output.backward(dout)
+    assert output.dtype == x.grad.dtype == dtype
+    for value, exact in [(output, x.double() @ kept_OI.t()), (x.grad, dout.double() @ kept_OI)]:
+        assert value.shape == exact.shape
+        assert (value.double() - exact).norm() <= tolerance * exact.norm()
+
+
 def test_8_bit_blocks_stay_close_to_the_model_and_can_be_swapped_too():
     losses, gradients = loss_and_gradients(MemorySettings())
     eight_bit_losses, eight_bit_gradients = loss_and_gradients(MemorySettings(fp8_base=True), checkpointing=False)
