@@ -391,7 +391,7 @@ class NetworkTrainer(ABC):
         raises = settings.monitor.anima_monitor_alert_policy == "raise"
         self.guard = Guard(
             "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
-            reads_each_step=settings.network.scale_weight_norms is not None,
+            reads_each_step=settings.network.scale_weight_norms is not None, average=self.ema,
         )  # fmt: skip
         self.choose_steps(total_steps, buckets)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from library.errors import SettingError, did_you_mean
@@ -98,6 +98,15 @@ def _check(arguments: NetworkArguments, adapter_type: str, given: Mapping[str, A
         raise SettingError(f"network_args: factor = {arguments.factor}; give 1 or more, or -1 for the most balanced")
     if arguments.loraplus_lr_ratio is not None and arguments.loraplus_lr_ratio <= 0:
         raise SettingError(f"network_args: loraplus_lr_ratio = {arguments.loraplus_lr_ratio}; give a number above 0")
+
+
+def described(arguments: NetworkArguments) -> dict[str, str]:
+    """Each argument as text by its name, whether it was given or not; "unset" for none."""
+    found = {}
+    for name, value in asdict(arguments).items():
+        text = ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+        found[name] = text or "unset"
+    return found
 
 
 def by_pattern(name: str, entries: tuple[str, ...], convert: type) -> dict[str, Any]:

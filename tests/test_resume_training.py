@@ -132,7 +132,8 @@ def test_what_a_resumed_run_may_change_and_what_not(config, tmp_path, losses, ca
     for setting, message in (
         ({"network_dim": 8}, "network_dim was 4, and is 8"),
         ({"network_alpha": 2}, r"network_alpha was 1\.0, and is 2\.0"),
-        ({"network_args": ["target_modules=q_proj"]}, "these tensors differ or are missing"),
+        ({"network_args": ["target_modules=q_proj"]}, "network_args target_modules was unset, and is q_proj"),
+        ({"network_args": ["rs_lora=True"]}, "network_args rs_lora was false, and is true"),
     ):
         assert main(config(max_train_steps=2, resume=state(tmp_path, 1), **setting, **common)) == 1
         assert re.search(message, capsys.readouterr().err)

@@ -31,6 +31,8 @@ from library.training.schedule_checks import check_length
 from library.training.snapshot import Sections, check_snapshot
 from library.training.states import check_shapes
 from library.training.trackers import check_trackers
+from networks.arguments import described
+from networks.network import AdapterNetwork
 from networks.planning import parameter_groups, plan_network
 from networks.setup import Network
 
@@ -74,7 +76,9 @@ class Planner:
             there = 0 if resume is None else sum(map(size_of, saved_files(saving)))
             problems.attempt(check_disk, saving.output_dir, files.total_bytes - there)
         problems.raise_found()
-        sections = settings_sections(settings, planned.arguments)
+        # An argument that was not given has a value too, which a resumed run must have as well.
+        own = isinstance(network, AdapterNetwork)
+        sections = settings_sections(settings, described(network.arguments) if own else planned.arguments)
         made_of = compared_by(sections, self.model_identity(), pictures, total_steps)
         if resume is not None:
             check_snapshot(resume, made_of, run.anima_resume_snapshot_strict)

@@ -38,7 +38,7 @@ _OTHERWISE = ("network_args", "adapter_format", "base_weights")
 
 
 def settings_sections(settings: Settings, network_arguments: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Settings by section and name. network_arguments: network_args with the settings that stand beside them."""
+    """Settings by section and name. network_arguments: all that a network of this project has, else network_args."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in ("topology", "data")}
     flat = settings_as_flat_dict(settings)
     for group_name, group in run_groups().items():

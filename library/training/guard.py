@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from library.errors import UserError, first_ten
 from library.options import option
+from library.training.ema import AdapterEma
 from library.training.host_copy import HostCopy
 from library.training.optimizers import sets_own_rate
 from library.training.run import RunState
@@ -55,8 +56,8 @@ class Guard:
     """Lets the optimizer step or not, and tells at log points what was left out.
 
     policy: as `GuardSettings.on_nonfinite`. reads_each_step: has the verdict read at each step even where the optimizer
-    could be told on the GPU, because more than it depends on the verdict. leaves_out: whether steps are left out at
-    all.
+    could be told on the GPU, because more than it depends on the verdict. average: goes back with the weights.
+    leaves_out: whether steps are left out at all.
     """
 
     def __init__(
@@ -66,8 +67,10 @@ class Guard:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         reads_each_step: bool = False,
+        average: AdapterEma | None = None,
     ) -> None:
         self._policy = policy
+        self._average = average
         self._network, self._optimizer, self._scaler = network, optimizer, scaler
         self._tells_optimizer = can_be_told(optimizer) and not reads_each_step
         self.leaves_out = policy != "warn" or scaler.is_enabled()  # fp16 leaves steps out to find its loss scale
@@ -132,6 +135,8 @@ class Guard:
 
     def _keep_copy(self, step: int) -> None:
         parts = {"network": self._network.state_dict(), "optimizer": self._optimizer.state_dict()}
+        if self._average is not None:
+            parts["average"] = self._average.state_dict()
         self._good = step, HostCopy(parts)
         self._rollbacks_to_it = 0
 
@@ -147,6 +152,8 @@ class Guard:
         self._optimizer.load_state_dict(copy.deepcopy(parts["optimizer"]))
         for group, own in zip(self._optimizer.param_groups, rates, strict=True):
             group.update(own)
+        if self._average is not None:
+            self._average.load_state_dict(parts["average"])
         state.rollbacks += 1
         state.rate_factor *= RATE_FACTOR
         logger.warning(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from library.training.ema import AdapterEma, EmaSettings
 from library.training.guard import MOST_ROLLBACKS, MOST_SKIPPED, Guard, NonFiniteError, can_be_told
 from library.training.run import RunState
 from library.training.step_records import SampleLoss, StepRecord
@@ -157,6 +158,23 @@ def test_rollback_returns_to_the_last_good_weights_and_halves_the_rate(caplog):
         each.step(1.0)
     assert_same(straight.content(), run.content())
     assert run.optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_rollback_takes_the_average_back_as_well():
+    run = Run("rollback")
+    average = AdapterEma(EmaSettings(ema_decay=0.5), run.network)
+    run.guard = Guard("rollback", run.network, run.optimizer, run.scaler, average=average)
+
+    def step(gradient):
+        found = run.step(gradient)
+        average.update(torch.tensor(found.is_finite))
+        return found
+
+    run.guard.check([step(1.0) for _ in range(50)], run.state)
+    good = copy.deepcopy(average.state_dict())
+    run.guard.check([step(1.0), step(NAN), step(1.0)], run.state)
+    assert average.state_dict()["updates"] == good["updates"] == 50
+    assert_same(good["average"], average.state_dict()["average"])
 
 
 def test_rollback_goes_back_to_the_start_while_there_is_nothing_later():
