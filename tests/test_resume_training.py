@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import platform
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,33 @@ def test_a_run_in_two_parts_equals_one_in_a_piece(name, config, tmp_path, losses
     assert all(torch.equal(tensor, again[key]) for key, tensor in straight.items())
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_state_holds_float32_whatever_is_computed_in(precision, dtype, config, tmp_path, losses):
+    common = {"max_train_steps": 3, "mixed_precision": precision, **QUICK}
+    assert main(config(save_every_n_steps=2, save_state=True, **common)) == 0
+    straight, weights = adapter(tmp_path), load_file(state(tmp_path, 2) / "network.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    trained = [tensor for name, tensor in weights.items() if name.endswith("lora_up.weight") and tensor.any()]
+    assert trained and not any(torch.equal(tensor, tensor.to(dtype).float()) for tensor in trained)
+    assert main(config(resume=state(tmp_path, 2), **common)) == 0
+    assert losses[3:] == losses[2:3]
+    again = adapter(tmp_path)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in straight.items())
+
+
+def test_a_state_of_the_end_of_an_epoch(config, tmp_path, losses):
+    """Four pictures, each ten times and in a bucket of its own: ten at a time are four steps an epoch."""
+    common = {"max_train_steps": 6, "train_batch_size": 10, "lr_scheduler": "cosine", **QUICK}
+    assert main(config(save_every_n_epochs=1, save_state=True, **common)) == 0
+    straight, folder = adapter(tmp_path), tmp_path / "output" / "tiny-000001-state"
+    run_state = json.loads((folder / "run_state.json").read_text())
+    assert [run_state[name] for name in ("step", "epoch", "step_in_epoch")] == [4, 1, 0]
+    assert main(config(resume=folder, **common)) == 0
+    assert losses[6:] == losses[4:6]
+    again = adapter(tmp_path)
+    assert all(torch.equal(tensor, again[key]) for key, tensor in straight.items())
+
+
 def at_step(monkeypatch, number, act):
     step = NetworkTrainer.step
 
@@ -124,6 +153,13 @@ def test_what_a_resumed_run_may_change_and_what_not(config, tmp_path, losses, ca
     assert main(config(max_train_steps=2, resume_ignore_optimizer_mismatch=False, **lion, **common)) == 1
     assert "set resume_ignore_optimizer_mismatch = true" in capsys.readouterr().err
 
+    # Other data and another seed are told.
+    other = {"seed": 7, "caption_dropout_rate": 0.5, "train_batch_size": 2}
+    assert main(config(max_train_steps=2, resume=state(tmp_path, 1), **other, **common)) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "warning: resume: " in line]
+    for text in ("seed was 42, and is 7", "caption_dropout_rate was 0.0, and is 0.5", "batch_size was 4, and is 2"):
+        assert sum(text in line for line in warned) == 1
+
     # Another objective is told, or refused; another network is refused, before a model is loaded.
     monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
     other = {"resume": state(tmp_path, 1), "anima_flow_shift": 1.5, "anima_resume_snapshot_strict": True}
@@ -134,6 +170,11 @@ def test_what_a_resumed_run_may_change_and_what_not(config, tmp_path, losses, ca
         ({"network_alpha": 2}, r"network_alpha was 1\.0, and is 2\.0"),
         ({"network_args": ["target_modules=q_proj"]}, "network_args target_modules was unset, and is q_proj"),
         ({"network_args": ["rs_lora=True"]}, "network_args rs_lora was false, and is true"),
+        ({"network_module": "networks.lokr_anima"}, r"network_module was networks\.lora_anima, and is networks\.lokr"),
+        ({"network_module": "networks.loha_anima"}, r"network_module was networks\.lora_anima, and is networks\.loha"),
+        ({"train_norm": False}, "train_norm was true, and is false"),
+        ({"train_llm_adapter": False}, "train_llm_adapter was true, and is false"),
+        ({"network_args": ["dora=True"]}, "network_args dora was false, and is true"),
     ):
         assert main(config(max_train_steps=2, resume=state(tmp_path, 1), **setting, **common)) == 1
         assert re.search(message, capsys.readouterr().err)
@@ -178,11 +219,23 @@ def fail_to_run():
 
 
 def test_a_state_tells_what_it_is_of(config, tmp_path):
-    assert main(config(max_train_steps=1, save_state_on_train_end=True, **QUICK)) == 0
+    other = {
+        "network_module": "networks.lokr_anima", "network_args": ["factor=4"], "train_norm": False,
+        "anima_flow_shift": 1.5, "optimizer_type": "SGDNesterov", "lr_scheduler": "cosine",
+    }  # fmt: skip
+    assert main(config(max_train_steps=1, save_state_on_train_end=True, **other, **QUICK)) == 0
     folder = tmp_path / "output" / "tiny-state"
     written = json.loads((folder / "resume_snapshot.json").read_text())
     sections = written["sections"]
     assert (sections["topology"]["network_dim"], sections["topology"]["depth"]) == (4, 2)
+    topology = {"network_module": "networks.lokr_anima", "network_args factor": "4", "network_args train_norm": "false"}
+    assert topology.items() <= sections["topology"].items()
+    assert sections["objective"]["anima_flow_shift"] == 1.5
+    assert sections["optimizer"]["optimizer_type"] == "SGDNesterov"
+    schedule = {"learning_rate": 1e-3, "lr_scheduler": "cosine", "number of steps": 1}
+    assert schedule.items() <= sections["schedule"].items()
+    packages = ("torch", "accelerate", "transformers", "diffusers", "safetensors")
+    assert written["versions"] == {"python": platform.python_version(), **{name: version(name) for name in packages}}
     assert sections["model"]["vae"]["bytes"] > 0
     assert sections["data"]["number of pictures"] == 4
     assert str(tmp_path) not in json.dumps(written)
