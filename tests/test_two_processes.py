@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -152,6 +153,33 @@ def test_two_processes_measure_the_validation_loss_that_one_does(config, three_p
     best = [(tmp_path / folder / "tiny-best.safetensors").is_file() for folder in ("alone", "output")]
     assert best[0] == best[1]
     assert "validation after" in runs[0].output and "validation after" not in runs[1].output
+
+
+def files_below(folder: Path) -> list[str]:
+    """The files by their paths, without the times in the names of sample pictures."""
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(re.sub(r"_\d{14}_", "_TIME_", path) for path in paths)
+
+
+def test_two_processes_write_the_files_of_one_and_one_tells_of_them(config, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square --w 32 --h 32 --s 1\n", encoding="utf-8")
+    settings = {
+        "max_train_steps": 2, "train_batch_size": 1, "save_every_n_steps": 1, "save_state": True, "html_report": True,
+        "ema_decay": 0.9, "sample_prompts": tmp_path / "prompts.txt", "sample_every_n_steps": 1,
+    }  # fmt: skip
+    folders = {"output_dir": tmp_path / "alone", "logging_dir": tmp_path / "logs1"}
+    one = TrainingRun(config(**settings, **folders, gradient_accumulation_steps=2), tmp_path / "alone.log")
+    assert one.end() == 0, one.output
+    runs = run_group(config(**settings), tmp_path, 2)
+    assert [run.end() for run in runs] == [0, 0], runs[0].output + runs[1].output
+    files = files_below(tmp_path / "output")
+    assert files == files_below(tmp_path / "alone")
+    assert {"tiny.safetensors", "tiny-ema.safetensors", "tiny_report.html"} <= set(files)
+    assert any(name.startswith("sample/tiny_000002_00_") for name in files)
+    assert "tiny-step00000001-state/run_state.json" in files
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+    for word in ("saved", "curves:", "sample", "report"):
+        assert word in runs[0].output and word not in runs[1].output, word
 
 
 def failing_step(rank: int) -> None:

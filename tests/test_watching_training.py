@@ -4,9 +4,12 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from anima_train_network import AnimaNetworkTrainer, main
 from library.errors import UserError
+from library.training.loss_spikes import LossSpike, LossSpikes
+from library.training.sinks import TensorBoardCurves
 
 
 def progress(tmp_path):
@@ -72,3 +75,88 @@ def test_a_report_that_cannot_be_written_ends_no_run(config, tmp_path, monkeypat
     assert "warning: the report is left out: OSError: " in capsys.readouterr().err
     assert (tmp_path / "output" / "tiny.safetensors").is_file()
     assert not (tmp_path / "logs").exists()
+
+
+def test_curves_that_cannot_be_written_end_no_run(config, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardCurves, "log", fail)
+    assert main(config(max_train_steps=3, log_every_n_steps=1)) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: TensorBoardCurves stopped, and is left out of the rest of the run: OSError: ") == 1
+    lines = progress(tmp_path)
+    assert {1, 2, 3} <= {line["step"] for line in lines if "loss/current" in line}
+    assert (lines[-1]["event"], lines[-1]["step"], lines[-1]["text"]) == ("end", 3, "finished")
+    assert (tmp_path / "output" / "tiny.safetensors").is_file()
+
+
+class FailingHub:
+    """A service that fails at every request, or at every upload alone."""
+
+    fails_to_make = True
+
+    def __init__(self, **_):
+        pass
+
+    def create_repo(self, **_):
+        if self.fails_to_make:
+            raise ConnectionError("no route")
+
+    def upload_file(self, **_):
+        raise ConnectionError("no route")
+
+    upload_folder = upload_file
+
+
+@pytest.mark.parametrize("fails_to_make", [True, False])
+def test_a_hub_that_fails_ends_no_run(config, tmp_path, monkeypatch, capsys, fails_to_make):
+    monkeypatch.setattr(FailingHub, "fails_to_make", fails_to_make)
+    monkeypatch.setattr("library.training.upload.HfApi", FailingHub)
+    monkeypatch.setattr("library.training.upload._FIRST_PAUSE", 0.0)
+    hub = {"huggingface_repo_id": "me/a", "save_state_to_huggingface": True}
+    assert main(config(**hub, save_every_n_steps=1, save_state=True)) == 0
+    said = capsys.readouterr().err
+    for name in ("tiny-step00000001.safetensors", "tiny-step00000001-state", "tiny.safetensors"):
+        for attempt in range(1, 6):
+            problem = f"uploading {name} to me/a failed ({attempt} of 5 tries): ConnectionError: no route"
+            assert said.count(f"warning: {problem}") == 1
+        assert f"warning: {name} was not uploaded; it lies in {tmp_path / 'output'}" in said
+        assert (tmp_path / "output" / name).exists()
+
+
+@pytest.mark.parametrize("policy", ["raise", "warn"])
+def test_a_loss_spike_ends_a_run_with_a_state_where_it_shall(config, tmp_path, monkeypatch, capsys, policy):
+    def spike(self, record):
+        return LossSpike(3, record.loss, record.loss / 9, record.samples) if record.step == 3 else None
+
+    monkeypatch.setattr(LossSpikes, "spike", spike)
+    code = main(config(max_train_steps=5, log_every_n_steps=1, anima_monitor_alert_policy=policy))
+    said, end, output = capsys.readouterr().err, progress(tmp_path)[-1], tmp_path / "output"
+    state = output / "tiny-step00000003-state" / "run_state.json"
+    if policy == "warn":
+        assert (code, end["step"], end["text"]) == (0, 5, "finished")
+        assert "warning: step 3: " in said
+        assert not state.exists()
+        return
+    assert (code, end["step"]) == (1, 3)
+    assert end["text"].startswith("ended by AlertError: step 3: ")
+    assert "error: step 3: " in said and "(anima_monitor_alert_policy = raise)" in said
+    assert json.loads(state.read_text(encoding="utf-8"))["step"] == 3
+    assert (output / "tiny-step00000003.safetensors").is_file()
+
+
+def test_prompts_in_toml_are_rendered(config, tmp_path):
+    prompts = tmp_path / "prompts.toml"
+    prompts.write_text(
+        "[prompt]\nwidth = 64\nheight = 32\nsample_steps = 1\n"
+        '[[prompt.subset]]\nprompt = "a red square"\nseed = 5\n'
+        '[[prompt.subset]]\nprompt = "a blue circle"\nwidth = 32\n',
+        encoding="utf-8",
+    )
+    assert main(config(sample_prompts=prompts, sample_every_n_steps=2, log_with="none")) == 0
+    found = []
+    for path in sorted((tmp_path / "output" / "sample").glob("tiny_000002_[0-9][0-9]_*.png")):
+        with Image.open(path) as picture:
+            found.append((picture.size, picture.text["parameters"].splitlines()[0], path.stem.rsplit("_", 1)[1]))
+    assert found == [((64, 32), "a red square", "5"), ((32, 32), "a blue circle", "42")]

@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +89,23 @@ def test_a_run_that_begins_with_a_step_left_out_goes_on_as_one_without_it(optimi
 def test_only_fused_adam_is_told_on_the_device():
     told = {name: can_be_told(make([nn.Parameter(torch.ones(1))])) for name, make in OPTIMIZERS.items()}
     assert told == {"adamw": False, "fused adamw": True, "fused adam": True, "fused sgd": False}
+
+
+class OnGpu:
+    """A network whose only parameter says that it is on a GPU."""
+
+    def parameters(self):
+        return iter([SimpleNamespace(device=torch.device("cuda"))])
+
+
+@pytest.mark.parametrize("policy", ["skip", "warn", "raise"])
+@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("fused sgd", "SGD"), ("fused adamw", None)])
+def test_that_steps_wait_for_the_gpu_is_told(policy, name, kind, caplog):
+    """kind: of the optimizer, where it cannot be told to leave a step out."""
+    caplog.set_level(logging.INFO)
+    Guard(policy, OnGpu(), OPTIMIZERS[name]([nn.Parameter(torch.ones(1))]), torch.amp.GradScaler("cpu", enabled=False))
+    message = f"on_nonfinite: each step waits for the GPU, as {kind} cannot be told there to leave a step out"
+    assert caplog.messages == ([message] if kind and policy != "warn" else [])
 
 
 def test_the_verdict_says_whether_the_weights_moved():
