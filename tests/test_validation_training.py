@@ -131,7 +131,10 @@ flip_aug = true
     settings = {"dataset_config": tmp_path / "data.toml", "train_data_dir": "", "max_train_steps": 1}
     assert main(config(**settings, validate_every_n_steps=1, max_validation_steps=3)) == 0
     said = capsys.readouterr().err
-    assert "validation_split keeps 4 of 8 pictures from training" in said
+    kept = "".join(f"\n  {path}" for path in sorted((tmp_path / "unseen").glob("*.png")))
+    assert kept.count("\n") == 4
+    told = f"validation_split keeps 4 of 8 pictures from training:{kept}\n"
+    assert told in said and said.index(told) < said.index("validation after")
     # The middles of quarters of sigmoid(N(0, 1)), shifted by 3: sigmoid(-1.15), sigmoid(-0.32), …
     assert "validation: each picture at t = 0.49, 0.69, 0.80, 0.90" in said
     assert "validation after 1 steps: loss " in said
