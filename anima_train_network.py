@@ -6,13 +6,11 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -62,7 +60,7 @@ from library.training.choices import (
 )
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
-from library.training.processes import is_first_to_tell
+from library.training.processes import is_first_to_tell, join_group
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
@@ -424,9 +422,8 @@ def context_step(buckets: int, longest: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted."""
     end_with_launcher()
-    # The main process renders samples and saves while others wait for it; by default they give up after 10 minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    join_group()
+    accelerator = Accelerator(mixed_precision="no")
     show_log_messages(accelerator.is_main_process)
     disable_progress_bar()  # transformers' own, for the second that Qwen3 takes to load
     words = sys.argv[1:] if arguments is None else arguments

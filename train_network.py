@@ -56,7 +56,7 @@ from library.training.preflight import (
     tell_trials,
     try_batches,
 )
-from library.training.processes import StopVote, gather_lists, sum_gradients
+from library.training.processes import any_wishes, gather_lists, sum_gradients
 from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
@@ -259,7 +259,7 @@ class NetworkTrainer(ABC):
         self.network.train()
         if is_main:
             reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
-        stopping, vote = False, StopVote(self.device)
+        stopping = False
         requests = SaveRequests(saving.output_dir) if is_main else None
         epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
         with closing(tracker), kept_as_is(), stop_requests() as stop, self.saving_before_errors():
@@ -294,7 +294,7 @@ class NetworkTrainer(ABC):
                     request = requests.take() if requests is not None else None
                     if request is not None:
                         self.save(step_name(saving.output_name, step), with_state=True)
-                    stopping = vote.cast(stop.requested or request == SAVE_AND_STOP)
+                    stopping = any_wishes(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:
                         break
             if self.state.step < total_steps:  # stopped, and there may be steps behind the last log point

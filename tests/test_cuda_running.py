@@ -14,13 +14,11 @@ from threading import Thread
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import distributed
 
 from library.anima_runtime.config import AnimaConfig
 from library.training.ema import EmaSettings, decay_after
 from library.training.guard import RATE_FACTOR, GuardSettings
 from library.training.host_copy import HostCopy, reserve_host_memory
-from library.training.processes import StopVote
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
 from tests.training_runs import TrainingRun, read_records, tensor_bytes
@@ -195,16 +193,6 @@ def test_the_first_copy_finds_its_pinned_memory_reserved():
     assert all(
         copy.is_pinned() and torch.equal(copy, tensor.cpu()) for copy, tensor in zip(copies[1], tensors, strict=True)
     )
-
-
-def test_a_vote_to_stop_is_answered_one_step_later():
-    """A group of one process, which exchanges as several would."""
-    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        vote = StopVote(torch.device("cuda"))
-        assert [vote.cast(wish) for wish in (False, True, False, False)] == [False, False, True, False]
-    finally:
-        distributed.destroy_process_group()
 
 
 def deterministic() -> None:

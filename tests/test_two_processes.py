@@ -29,14 +29,13 @@ SCRIPT = """
 import json, sys
 import torch
 from accelerate import Accelerator
-from library.training.processes import StopVote, is_first_to_tell, sum_over_processes
+from library.training.processes import any_wishes, is_first_to_tell, join_group, sum_over_processes
 
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
 sum_over_processes(gradients)
-vote = StopVote(accelerator.device)
-flags = [vote.cast(flag) for flag in (rank == 1, False, False)]
+flags = [any_wishes(flag) for flag in (rank == 1, False)]
 told = [is_first_to_tell(text) for text in ("the same", f"of {rank}")]
 with open(f"{sys.argv[1]}/{rank}.json", "w") as file:
     json.dump([flags, [gradient.unique().tolist() for gradient in gradients], told], file)
@@ -56,7 +55,7 @@ def test_a_wish_to_stop_on_one_process_stops_all_gradients_are_summed_and_one_te
     )
     seen = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
     for flags, sums, _ in seen:
-        assert (flags, sums) == ([False, True, False], [[3.0], [10.0]])
+        assert (flags, sums) == ([True, False], [[3.0], [10.0]])
     same, own = zip(*(told for _, _, told in seen), strict=True)
     assert sorted(same) == [False, True]
     assert own == (True, True)

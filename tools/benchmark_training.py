@@ -38,6 +38,7 @@ from torch import distributed
 from library.anima_runtime.config import AnimaConfig
 from library.console import show
 from library.plots import save_line_plot
+from library.training.processes import join_group
 from library.training.speed import MOST_FIXED_SHAPES
 from tools.benchmark_cases import (
     CASES,
@@ -266,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line for each case asked for."""
     arguments = parsed(argv)
     config = AnimaConfig.from_shapes(transformer_shapes(TINY if arguments.tiny else REAL, 32128))
+    join_group()
     world = PartialState(cpu=arguments.tiny)
     if arguments.memory_gib is not None and not arguments.tiny:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory

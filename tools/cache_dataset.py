@@ -15,20 +15,20 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import set_seed
 
 from anima_train_network import AnimaNetworkTrainer
 from library.console import progress_bar, show, show_error, show_log_messages
 from library.errors import UserError
 from library.planning.plan import RunPlan
 from library.settings import Settings, settings_and_problems
+from library.training.processes import join_group
 
 # Captions encoded, and written, at once.
 _CAPTIONS = 512
@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="delete cached latents of these folders that are not of these settings: of changed pictures, other sizes",
     )
     own, words = parser.parse_known_args(argv)
-    # A process whose share is done waits for the others; by default it would give up after 10 minutes.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[patience])
+    join_group()
+    accelerator = Accelerator(mixed_precision="no")
     show_log_messages(accelerator.is_main_process)
     try:
         settings, problems = settings_and_problems(words)

@@ -16,11 +16,25 @@ from torch import Tensor, distributed, nn
 from library.errors import UserError
 
 
+def join_group() -> None:
+    """Joins the processes that a launcher has started beside this one, if any; an `Accelerator` takes the group over.
+
+    What lies on GPUs is exchanged by NCCL, all else by gloo, which tells where a process has ended; with NCCL the
+    others would wait for it, deaf to signals.
+    """
+    if int(os.environ.get("LOCAL_RANK", -1)) == -1:
+        return
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    # The main process renders samples and saves while others wait for it; by default they give up after minutes.
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=timedelta(hours=6))
+
+
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     """Replaces each float32 tensor by its sum over all processes, in one exchange."""
     if not distributed.is_initialized():
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    any_wishes(False)  # all are here: those that failed in this step cannot be waited for on the GPU any more
     with _naming_lost_processes():
         distributed.all_reduce(flat)
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -40,44 +54,14 @@ def sum_gradients(parameters: Iterable[nn.Parameter], others: Sequence[Tensor]) 
     sum_over_processes([*gradients, *others])
 
 
-class StopVote:
-    """Whether any process wants to stop: all must leave the loop after the same step, or one waits forever.
-
-    Of several processes the answer to one step's wishes comes after the next step, so that no step waits for its GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._asked: tuple[Tensor, torch.cuda.Event | None] | None = None
-
-    def cast(self, wants_to_stop: bool) -> bool:
-        """Takes in this process's wish, once a step; returns whether to stop now."""
-        if not distributed.is_initialized():
-            return wants_to_stop
-        with _naming_lost_processes():
-            stops = self._answer()
-            wishes = torch.full((), float(wants_to_stop), device=self._device)
-            distributed.all_reduce(wishes)
-            self._ask(wishes)
-        return stops
-
-    def _ask(self, wishes: Tensor) -> None:
-        """Has the sum of all wishes brought to main memory, without waiting for it."""
-        if wishes.device.type != "cuda":
-            self._asked = wishes, None
-            return
-        arrived, on_host = torch.cuda.Event(), torch.empty((), pin_memory=True)
-        on_host.copy_(wishes, non_blocking=True)
-        arrived.record()
-        self._asked = on_host, arrived
-
-    def _answer(self) -> bool:
-        if self._asked is None:
-            return False
-        wishes, arrived = self._asked
-        if arrived is not None:
-            arrived.synchronize()
-        return wishes.item() > 0
+def any_wishes(wish: bool) -> bool:
+    """Whether any process wishes it: all must leave the loop after the same step, or one waits forever."""
+    if not distributed.is_initialized():
+        return wish
+    wishes = torch.tensor(float(wish))
+    with _naming_lost_processes():
+        distributed.all_reduce(wishes)
+    return wishes.item() > 0
 
 
 def gather_lists(own: list[Any]) -> list[Any]:
