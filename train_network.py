@@ -248,21 +248,21 @@ class NetworkTrainer(ABC):
         meter = Meter(self.state.step, self.device)
         meter.averages = LossAverages(**self.state.averages)
         self.log_points = log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
-        if settings.sampling.sample_at_first and plan.resume is None:
-            self.sample("e000000")
-        if plan.resume is None:
-            self.validate()
-
-        # Each window of batches makes one optimizer step; saves and states lie between steps.
-        logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
-        at_once = judges_at_once(settings.monitor, settings.guard)
-        self.network.train()
-        if is_main:
-            reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
-        stopping = False
-        requests = SaveRequests(saving.output_dir) if is_main else None
-        epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
         with closing(tracker), kept_as_is(), stop_requests() as stop, self.saving_before_errors():
+            if settings.sampling.sample_at_first and plan.resume is None:
+                self.sample("e000000")
+            if plan.resume is None:
+                self.validate()
+
+            logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
+            at_once = judges_at_once(settings.monitor, settings.guard)
+            self.network.train()
+            if is_main:
+                reserve_host_memory(self.network.state_dict().values(), copies=SAVED_COPIES)
+            stopping = False
+            requests = SaveRequests(saving.output_dir) if is_main else None
+            epochs_between_saves = save_epochs(saving, total_steps, epoch_steps)
+            # Each window of batches makes one optimizer step; saves and states lie between steps.
             while self.state.step < total_steps and not stopping:
                 for window in batches.epoch(self.state.epoch, first_step=self.state.step_in_epoch):
                     with explaining_lack_of_memory(window.batches):
@@ -589,12 +589,15 @@ class NetworkTrainer(ABC):
 
     @contextmanager
     def saving_before_errors(self) -> Iterator[None]:
-        """Inside, what has been trained is saved before an error ends the run."""
+        """Inside, what has been trained is saved before an error ends the run, and its records tell of the end."""
+        begun_at = self.state.step
         try:
             yield
         except Exception as error:
             try:
-                self.with_room(self.save_interrupted)
+                if self.state.step > begun_at:  # else there is nothing that a new start would not have
+                    self.with_room(self.save_interrupted)
+                self.saver.wait()
             except Exception as failure:  # what ended the run is what has to be told, not what came of it
                 logger.error("the run ends unsaved: %s", failure)
             self.tell_end(f"ended by {type(error).__name__}: {error}")

@@ -1,7 +1,9 @@
 """What a run shows of itself: `progress.jsonl`, the report, and lines on the console."""
 
 import json
+import os
 import re
+import signal
 
 import pytest
 from PIL import Image
@@ -10,6 +12,7 @@ from anima_train_network import AnimaNetworkTrainer, main
 from library.errors import UserError
 from library.training.loss_spikes import LossSpike, LossSpikes
 from library.training.sinks import TensorBoardCurves
+from library.training.trackers import Tracker
 
 
 def progress(tmp_path):
@@ -64,6 +67,37 @@ def test_a_run_that_fails_tells_so(config, monkeypatch, tmp_path):
     end = progress(tmp_path)[-1]
     assert (end["event"], end["step"], end["text"]) == ("end", 2, "ended by UserError: the disk fell off")
     assert "ended by UserError: the disk fell off" in (tmp_path / "output" / "tiny_report.html").read_text()
+
+
+def test_a_first_validation_that_fails_is_told_and_nothing_is_saved(config, monkeypatch, tmp_path):
+    closed, close = [], Tracker.close
+
+    def fail(self, *_):
+        raise UserError("the disk fell off")
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "losses_at", fail)
+    monkeypatch.setattr(Tracker, "close", lambda self: closed.append(close(self)))
+    assert main(config(validation_split=0.5, html_report=True)) == 1
+    end = progress(tmp_path)[-1]
+    assert (end["event"], end["step"], end["text"]) == ("end", 0, "ended by UserError: the disk fell off")
+    assert closed == [None]
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["tiny_report.html"]
+
+
+def test_a_run_that_is_told_to_stop_at_its_first_samples_stops_after_a_step(config, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red square --w 32 --h 32 --s 1\n", encoding="utf-8")
+    render = AnimaNetworkTrainer.render_samples
+
+    def stopped(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", render)
+        return render(self)
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "render_samples", stopped)
+    assert main(config(max_train_steps=3, sample_prompts=tmp_path / "prompts.txt", sample_at_first=True)) == 130
+    end = progress(tmp_path)[-1]
+    assert (end["event"], end["step"], end["text"]) == ("end", 1, "stopped")
+    assert (tmp_path / "output" / "tiny-step00000001-state" / "run_state.json").is_file()
 
 
 def test_a_report_that_cannot_be_written_ends_no_run(config, tmp_path, monkeypatch, capsys):
