@@ -391,7 +391,7 @@ class NetworkTrainer(ABC):
         raises = settings.monitor.anima_monitor_alert_policy == "raise"
         self.guard = Guard(
             "raise" if raises else settings.guard.on_nonfinite, self.network, optimizer, scaler,
-            reads_each_step=settings.network.scale_weight_norms is not None, average=self.ema,
+            dependent=None if settings.network.scale_weight_norms is None else "scale_weight_norms", average=self.ema,
         )  # fmt: skip
         self.choose_steps(total_steps, buckets)
 
@@ -445,8 +445,9 @@ class NetworkTrainer(ABC):
             nn.utils.clip_grads_with_norm_(self.trained, self.settings.optimizer.max_grad_norm, norm)
         moved = self.guard.step(mean_loss, norm, self.state)
         parts.scaler.update()
-        if self.settings.network.scale_weight_norms is not None and moved.item():
-            self.network.apply_max_norm(self.settings.network.scale_weight_norms)
+        most_norm = self.settings.network.scale_weight_norms
+        if most_norm is not None and (not self.guard.leaves_out or moved.item()):
+            self.network.apply_max_norm(most_norm)
         if self.ema is not None:
             self.ema.update(moved)
         self.records.close_step(mean_loss, norm)

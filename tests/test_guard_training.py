@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from anima_train_network import AnimaNetworkTrainer, main
+from library.training.guard import Guard
 from train_network import NetworkTrainer
 
 NAN = float("nan")
@@ -85,10 +86,18 @@ def run_state(tmp_path, name: str) -> dict:
     return json.loads((tmp_path / "output" / f"{name}-state" / "run_state.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("spoil", [spoil_data, spoil_loss, spoil_gradients])
-def test_a_spoilt_step_is_left_out_and_the_run_goes_on(config, harm, weights, tmp_path, capsys, spoil):
+@pytest.mark.parametrize(
+    ("spoil", "settings"),
+    [
+        (spoil_data, {}),
+        (spoil_loss, {}),
+        (spoil_gradients, {}),
+        (spoil_gradients, {"scale_weight_norms": 1e-4, "network_args": ["train_norm=false"]}),
+    ],
+)
+def test_a_spoilt_step_is_left_out_and_the_run_goes_on(config, harm, weights, tmp_path, capsys, spoil, settings):
     harm(spoil, step=1)
-    assert main(config(max_train_steps=3, save_state_on_train_end=True)) == 0
+    assert main(config(max_train_steps=3, save_state_on_train_end=True, **settings)) == 0
     _, first, spoilt, third = weights
     assert same(first, spoilt) and not same(spoilt, third)
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "output" / "tiny.safetensors").values())
@@ -166,6 +175,12 @@ def test_warn_takes_the_step(config, harm, tmp_path, capsys):
     main(config(max_train_steps=2, on_nonfinite="warn"))
     assert "step 2: the gradients are not finite" in capsys.readouterr().err
     assert any(tensor.isnan().any() for tensor in load_file(tmp_path / "output" / "tiny.safetensors").values())
+
+
+def test_norms_are_limited_without_reading_a_verdict_where_every_step_is_taken(config, monkeypatch):
+    step = Guard.step
+    monkeypatch.setattr(Guard, "step", lambda *arguments: step(*arguments).to("meta"))  # which cannot be read
+    assert main(config(on_nonfinite="warn", scale_weight_norms=0.01)) == 0
 
 
 def test_the_average_is_saved_beside_the_adapter_and_a_resumed_one_is_the_same(config, weights, tmp_path):

@@ -55,9 +55,9 @@ class NonFiniteError(UserError):
 class Guard:
     """Lets the optimizer step or not, and tells at log points what was left out.
 
-    policy: as `GuardSettings.on_nonfinite`. reads_each_step: has the verdict read at each step even where the optimizer
-    could be told on the GPU, because more than it depends on the verdict. average: goes back with the weights.
-    leaves_out: whether steps are left out at all.
+    policy: as `GuardSettings.on_nonfinite`. dependent: a setting that acts on steps that were taken alone, if any; then
+    the verdict is read at each step even where the optimizer could be told on the GPU. average: goes back with the
+    weights. leaves_out: whether steps are left out at all.
     """
 
     def __init__(
@@ -66,22 +66,22 @@ class Guard:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        reads_each_step: bool = False,
+        dependent: str | None = None,
         average: AdapterEma | None = None,
     ) -> None:
         self._policy = policy
         self._average = average
         self._network, self._optimizer, self._scaler = network, optimizer, scaler
-        self._tells_optimizer = can_be_told(optimizer) and not reads_each_step
+        self._tells_optimizer = can_be_told(optimizer) and dependent is None
         self.leaves_out = policy != "warn" or scaler.is_enabled()  # fp16 leaves steps out to find its loss scale
         self._good: tuple[int, HostCopy] | None = None  # the step of the copy to go back to, and the copy
         self._rollbacks_to_it = 0
         device = next(network.parameters()).device
         if device.type == "cuda" and self.leaves_out and not self._tells_optimizer:
-            logger.info(
-                "on_nonfinite: each step waits for the GPU, as %s cannot be told there to leave a step out",
-                type(optimizer).__name__,
-            )
+            reason = f"{type(optimizer).__name__} cannot be told there to leave a step out"
+            if can_be_told(optimizer):
+                reason = f"{dependent} acts on steps that were taken alone"
+            logger.info("on_nonfinite: each step waits for the GPU, as %s", reason)
 
     def step(self, loss: Tensor, gradient_norm: Tensor, state: RunState) -> Tensor:
         """Steps the optimizer at the state's rate, unless a number is not finite.

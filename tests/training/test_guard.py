@@ -99,13 +99,21 @@ class OnGpu:
 
 
 @pytest.mark.parametrize("policy", ["skip", "warn", "raise"])
-@pytest.mark.parametrize(("name", "kind"), [("adamw", "AdamW"), ("fused sgd", "SGD"), ("fused adamw", None)])
-def test_that_steps_wait_for_the_gpu_is_told(policy, name, kind, caplog):
-    """kind: of the optimizer, where it cannot be told to leave a step out."""
+@pytest.mark.parametrize(
+    ("name", "dependent", "reason"),
+    [
+        ("adamw", None, "AdamW cannot be told there to leave a step out"),
+        ("fused sgd", "scale_weight_norms", "SGD cannot be told there to leave a step out"),
+        ("fused adamw", "scale_weight_norms", "scale_weight_norms acts on steps that were taken alone"),
+        ("fused adamw", None, None),
+    ],
+)
+def test_that_steps_wait_for_the_gpu_is_told_with_the_reason(policy, name, dependent, reason, caplog):
     caplog.set_level(logging.INFO)
-    Guard(policy, OnGpu(), OPTIMIZERS[name]([nn.Parameter(torch.ones(1))]), torch.amp.GradScaler("cpu", enabled=False))
-    message = f"on_nonfinite: each step waits for the GPU, as {kind} cannot be told there to leave a step out"
-    assert caplog.messages == ([message] if kind and policy != "warn" else [])
+    optimizer = OPTIMIZERS[name]([nn.Parameter(torch.ones(1))])
+    Guard(policy, OnGpu(), optimizer, torch.amp.GradScaler("cpu", enabled=False), dependent)
+    message = f"on_nonfinite: each step waits for the GPU, as {reason}"
+    assert caplog.messages == ([message] if reason and policy != "warn" else [])
 
 
 def test_the_verdict_says_whether_the_weights_moved():
