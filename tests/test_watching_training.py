@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import socket
+import time
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -123,6 +126,32 @@ def test_curves_that_cannot_be_written_end_no_run(config, tmp_path, monkeypatch,
     assert {1, 2, 3} <= {line["step"] for line in lines if "loss/current" in line}
     assert (lines[-1]["event"], lines[-1]["step"], lines[-1]["text"]) == ("end", 3, "finished")
     assert (tmp_path / "output" / "tiny.safetensors").is_file()
+
+
+def test_tensorboard_shows_the_runs_of_a_folder_until_the_run_ends(config, tmp_path, monkeypatch, capsys):
+    seen, step = [], AnimaNetworkTrainer.step
+
+    def looking(self, *arguments):
+        deadline, said = time.monotonic() + 60, ""
+        while not (found := re.search(r"TensorBoard: (http\S+)\n", said)):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+            said += capsys.readouterr().err
+        address = found[1]
+        with urlopen(address, timeout=60) as page, urlopen(f"{address}data/logdir", timeout=60) as folder:
+            seen.append((address, page.status, b"TensorBoard" in page.read(), json.load(folder)))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "step", looking)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert main(config(auto_start_tensorboard=True, tensorboard_port=port, max_train_steps=1)) == 0
+    ((address, *answers),) = seen
+    assert answers == [200, True, {"logdir": str((tmp_path / "logs").resolve())}]
+    with pytest.raises(OSError, match="refused"):
+        urlopen(address, timeout=60)
+    assert "TensorBoard ended" not in capsys.readouterr().err
 
 
 class FailingHub:
