@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.anima_runtime.block_ops import Sum
+from library.anima_runtime.block_ops import Sum, kernels_of
 from networks.lora import LoRA
 
 # Ranks are padded by zeros to multiples of what matrix units take at a time.
@@ -122,8 +122,19 @@ class JointLinear:
         hidden: h as `forward_any` or `forward_late` gave it; else x is the one that `forward` took, and h beside it.
         """
         passed = self.pass_hidden(gradients, x_NI, hidden_NR)
-        (found,) = parameter_gradients([self], [passed])
-        return self.input_gradient(passed) if wants_input else None, found
+        return self.input_gradient(passed) if wants_input else None, self._parameter_gradients(passed)
+
+    def _parameter_gradients(self, passed: Passed) -> list[Tensor]:
+        """What `parameter_gradients` gives, by one kernel where that takes them."""
+        sizes = self._width, self._in, self._rank, len(self._adapters)
+        if not (self._rank and passed.x_NI.is_cuda and kernels_of("low_rank").suits(*sizes)):
+            (found,) = parameter_gradients([self], [passed])
+            return found
+        dy_NO, dhidden_NR = passed.room[:, : self._out], passed.room[:, self._out :]
+        dup_OR, ddown_RI = kernels_of("low_rank").factor_gradients(
+            dy_NO, passed.hidden_NR, passed.x_NI, dhidden_NR, len(self._adapters)
+        )
+        return self.cut(ddown_RI, dup_OR.split(self._width))
 
     def pass_hidden(self, gradients: Sequence[Tensor], x_NI: Tensor, hidden_NR: Tensor | None) -> Passed:
         """`backward` as far as dh, for `input_gradient` and `parameter_gradients`."""

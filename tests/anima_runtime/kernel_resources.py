@@ -26,6 +26,7 @@ from library.anima_runtime import (
     block_kernels,
     few_keys_kernels,
     head_kernels,
+    low_rank_kernels,
     mixing_kernels,
     norm_kernels,
     residual_norm_kernels,
@@ -130,6 +131,15 @@ def run_rest() -> None:
     mixing_kernels.mix(bf16(3, 8, 8), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256))
 
 
+def run_low_rank() -> None:
+    """The gradients of LoRAs of one Linear and of three."""
+    for linears in (1, 3):
+        ranks, width = linears * 16, linears * WIDTH
+        room, x = bf16(ROWS, width + ranks), bf16(ROWS, WIDTH + ranks)
+        low_rank_kernels.factor_gradients(room[:, :width], x[:, WIDTH:], x[:, :WIDTH], room[:, width:], linears)
+    low_rank_kernels.factor_gradients(bf16(ROWS, 4 * WIDTH), bf16(ROWS, 64), bf16(ROWS, WIDTH), bf16(ROWS, 64), 1)
+
+
 def run_few_keys() -> None:
     """Attention to few keys, which is for cards with much shared memory."""
     q, k, dout = bf16(1, ROWS, HEADS, SIZE), bf16(1, KEYS, HEADS, SIZE), bf16(1, ROWS, WIDTH)
@@ -139,7 +149,7 @@ def run_few_keys() -> None:
 
 def main(words: Sequence[str]) -> None:
     """Prints the lines."""
-    for run in (run_norms, run_heads, run_rest, run_few_keys):
+    for run in (run_norms, run_heads, run_rest, run_low_rank, run_few_keys):
         for launch in recorded(run):
             for capability in map(int, words):
                 size = compiled_bytes(launch, capability)
