@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -60,7 +59,7 @@ from library.training.choices import (
 )
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
-from library.training.processes import is_first_to_tell, join_group
+from library.training.processes import is_first_to_tell, make_accelerator
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules
@@ -422,8 +421,7 @@ def context_step(buckets: int, longest: int) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code: 0 done, 1 something to put right, 130 interrupted."""
     end_with_launcher()
-    join_group()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     show_log_messages(accelerator.is_main_process)
     disable_progress_bar()  # transformers' own, for the second that Qwen3 takes to load
     words = sys.argv[1:] if arguments is None else arguments

@@ -28,10 +28,9 @@ from train_network import NetworkTrainer
 SCRIPT = """
 import json, sys
 import torch
-from accelerate import Accelerator
-from library.training.processes import any_wishes, is_first_to_tell, join_group, sum_over_processes
+from library.training.processes import any_wishes, is_first_to_tell, make_accelerator, sum_over_processes
 
-accelerator = Accelerator(cpu=True)
+accelerator = make_accelerator()
 rank = accelerator.process_index
 gradients = [torch.full((2, 3), 1.0 + rank), torch.tensor(10.0 * rank)]
 sum_over_processes(gradients)

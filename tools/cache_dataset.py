@@ -20,7 +20,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from anima_train_network import AnimaNetworkTrainer
@@ -28,7 +27,7 @@ from library.console import progress_bar, show, show_error, show_log_messages
 from library.errors import UserError
 from library.planning.plan import RunPlan
 from library.settings import Settings, settings_and_problems
-from library.training.processes import join_group
+from library.training.processes import make_accelerator
 
 # Captions encoded, and written, at once.
 _CAPTIONS = 512
@@ -47,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="delete cached latents of these folders that are not of these settings: of changed pictures, other sizes",
     )
     own, words = parser.parse_known_args(argv)
-    join_group()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = make_accelerator()
     show_log_messages(accelerator.is_main_process)
     try:
         settings, problems = settings_and_problems(words)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
@@ -27,6 +28,13 @@ def join_group() -> None:
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     # The main process renders samples and saves while others wait for it; by default they give up after minutes.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=timedelta(hours=6))
+
+
+def make_accelerator() -> Accelerator:
+    """For this process and those that a launcher has started beside it, if any; see `join_group`."""
+    join_group()
+    # Where there is no GPU accelerate takes each of them for one that is alone, unless it is told.
+    return Accelerator(mixed_precision="no", cpu=distributed.is_initialized() and not torch.cuda.is_available())
 
 
 def sum_over_processes(tensors: Sequence[Tensor]) -> None:
