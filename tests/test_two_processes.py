@@ -23,6 +23,7 @@ from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
 from library.training.monitor import Monitor
 from tests.training_runs import TrainingRun, run_group, tensor_bytes
+from tools import cache_dataset
 from train_network import NetworkTrainer
 
 SCRIPT = """
@@ -228,6 +229,20 @@ def test_one_processs_failure_ends_all_with_its_message_and_a_save(config, tmp_p
     state = tmp_path / "output" / "tiny-step00000002-state" / "run_state.json"
     assert state.is_file() == saves
     assert not saves or json.loads(state.read_text())["step"] == 2
+
+
+def caching_instead(words: list[str]) -> None:
+    """The processes fill caches for such a run, and the second cannot encode its pictures."""
+    failing_start(1)
+    sys.exit(cache_dataset.main(words))
+
+
+def test_a_failure_of_one_process_that_fills_caches_is_told(config, tmp_path):
+    words = config()
+    runs = run_group(words, tmp_path, 2, partial(caching_instead, words))
+    assert [run.end() for run in runs] == [1, 1]
+    assert "error: picture lost.png cannot be read" in runs[1].output
+    assert "error: another process of this run has ended; its own message tells why" in runs[0].output
 
 
 def slow_steps() -> None:

@@ -27,7 +27,7 @@ from library.console import progress_bar, show, show_error, show_log_messages
 from library.errors import UserError
 from library.planning.plan import RunPlan
 from library.settings import Settings, settings_and_problems
-from library.training.processes import make_accelerator
+from library.training.processes import is_first_to_tell, make_accelerator
 
 # Captions encoded, and written, at once.
 _CAPTIONS = 512
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _cache_captions(trainer, plan, own.epochs)
         accelerator.end_training()  # else the threads of a process group may abort a process at its exit
     except UserError as error:
-        if accelerator.is_main_process:
+        if is_first_to_tell(str(error)):
             show_error(error)
         return 1
     return 0
