@@ -56,10 +56,11 @@ from library.training.preflight import (
     tell_trials,
     try_batches,
 )
-from library.training.processes import any_wishes, gather_lists, sum_gradients
+from library.training.processes import any_wishes, check_same, gather_lists, sum_gradients
 from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
+from library.training.rotation import clear_killed_saves
 from library.training.run import DTYPES, RunState
 from library.training.samples import SampleFiles, SamplePicture, telling_failures
 from library.training.saver import Saver
@@ -314,10 +315,14 @@ class NetworkTrainer(ABC):
     def plan_run(self) -> RunPlan:
         """Checks all that can be checked before a model is loaded. UserError naming everything that was found wrong."""
         accelerator = self.accelerator
+        if accelerator.is_main_process:
+            clear_killed_saves(self.settings.saving)
+        self.team.gather([])  # a state may have been put back, which all should find
         plan = Planner(
             self.settings, self.known_problems, self.device, accelerator.num_processes, accelerator.is_main_process,
             self.plan_models, self.model_identity,
         ).plan()  # fmt: skip
+        check_same(plan.common)
         self.before = {} if plan.resume is None else recorded_choices(plan.resume)
         return plan
 

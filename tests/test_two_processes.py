@@ -19,8 +19,10 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 
+import train_network
 from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
+from library.planning import planner
 from library.training.monitor import Monitor
 from tests.training_runs import TrainingRun, run_group, tensor_bytes
 from tools import cache_dataset
@@ -271,6 +273,40 @@ def test_a_signal_to_either_process_stops_both_with_a_state_to_go_on_from(config
     runs = run_group(words, tmp_path, 2)
     assert [run.end() for run in runs] == [0, 0], runs[0].output + runs[1].output
     assert stopped == tensor_bytes(tmp_path / "output" / "tiny.safetensors")
+
+
+def clearing_late() -> None:
+    """The main process takes its time to put back what a killed run had moved aside."""
+    clear = train_network.clear_killed_saves
+
+    def late(settings):
+        time.sleep(1)
+        clear(settings)
+
+    train_network.clear_killed_saves = late
+
+
+def without_the_state() -> None:
+    """The second process does not see the main one's output_dir, as on another machine."""
+    find = planner.find_state
+    planner.find_state = lambda *arguments: find(*arguments) if PartialState().process_index == 0 else None
+
+
+@pytest.mark.parametrize("sees_all", [True, False])
+def test_all_go_on_from_the_same_state_or_end(config, tmp_path, sees_all):
+    words = config(max_train_steps=2, save_every_n_steps=1, save_state=True, log_with="none")
+    assert [run.end() for run in run_group(words, tmp_path, 2)] == [0, 0]
+    output = tmp_path / "output"
+    shutil.rmtree(output / "tiny-state")
+    (output / "tiny-step00000001-state").rename(output / ".tiny-step00000001-state.1.old")
+    runs = run_group([*words, "--resume", "latest"], tmp_path, 2, clearing_late if sees_all else without_the_state)
+    ends, said = [run.end() for run in runs], runs[0].output + runs[1].output
+    if sees_all:
+        assert ends == [0, 0], said
+        assert "tiny-step00000001-state at step 1 of 2" in runs[0].output
+    else:
+        assert ends == [1, 1], said
+        assert said.count("error: the processes of this run differ in the state to resume: start them") == 1
 
 
 def alert_on_the_second() -> None:

@@ -98,6 +98,7 @@ def run_group(
         "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
         "ACCELERATE_USE_CPU": str(int(torch.cuda.device_count() < processes)),
+        "OMP_NUM_THREADS": "1",  # else accelerate gives each as many threads as there are cores
     }  # fmt: skip
     runs = []
     for rank in range(processes):

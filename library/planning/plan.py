@@ -47,6 +47,16 @@ class RunPlan:
         return self.pictures + self.validation
 
     @property
+    def common(self) -> dict[str, Any]:
+        """What all processes of the run must have the same, by its names."""
+        return {
+            "the state to resume": None if self.resume is None else self.resume.name,
+            "the steps of an epoch": self.epoch_steps,
+            "the pictures kept for validation": digest_of(picture.key for picture in self.validation),
+            **{name: value for section in self.made_of.values() for name, value in section.items()},
+        }
+
+    @property
     def buckets(self) -> int:
         """How many shapes the trained pictures have."""
         return len({picture.bucket for picture in self.pictures})

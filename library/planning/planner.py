@@ -24,7 +24,7 @@ from library.training.machine import check_device, check_disk, check_writable, w
 from library.training.optimizers import check_optimizer
 from library.training.preflight import check_preflight
 from library.training.resuming import find_state
-from library.training.rotation import check_nothing_overwritten, clear_killed_saves, saved_files, size_of
+from library.training.rotation import check_nothing_overwritten, saved_files, size_of
 from library.training.run import planned_steps, starting_state
 from library.training.saving import NO_FILES, PlannedFiles, planned_files
 from library.training.schedule_checks import check_length
@@ -97,8 +97,6 @@ class Planner:
         problems.attempt(check_device, settings.run, self.device)
         problems.attempt(check_preflight, settings.run, self.processes)
         problems.attempt(check_writable, saving.output_dir)
-        if self.is_main:
-            clear_killed_saves(saving)
         resume = problems.attempt(find_state, settings.run, saving, settings.hub)
         draws_only = settings.schedule.show_lr_schedule is not None or settings.timesteps.show_timesteps is not None
         if resume is None and not draws_only:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 
-from library.errors import UserError
+from library.errors import UserError, first_ten
 
 
 def join_group() -> None:
@@ -76,6 +76,18 @@ def gather_lists(own: list[Any]) -> list[Any]:
     """The lists of all processes, one after the other."""
     with _naming_lost_processes():
         return gather_object(own)
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """UserError naming those facts that are not the same on all processes: they would train different adapters."""
+    of_all = gather_lists([dict(facts)])
+    names = dict.fromkeys(name for own in of_all for name in own)
+    different = [name for name in names if any(own.get(name) != of_all[0].get(name) for own in of_all)]
+    if different:
+        raise UserError(
+            f"the processes of this run differ in {first_ten(different)}: start them with the same settings, and let "
+            "all of them have the same pictures and output_dir"
+        )
 
 
 def is_first_to_tell(text: str) -> bool:
