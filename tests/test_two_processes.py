@@ -23,6 +23,7 @@ import train_network
 from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
 from library.planning import planner
+from library.training.checked_files import damage_of
 from library.training.monitor import Monitor
 from tests.training_runs import TrainingRun, run_group, tensor_bytes
 from tools import cache_dataset
@@ -231,6 +232,33 @@ def test_one_processs_failure_ends_all_with_its_message_and_a_save(config, tmp_p
     state = tmp_path / "output" / "tiny-step00000002-state" / "run_state.json"
     assert state.is_file() == saves
     assert not saves or json.loads(state.read_text())["step"] == 2
+
+
+def failing_and_saving_late(told: Path) -> None:
+    """The second process fails, and what the main one then saves is written when that file is there."""
+    failing_step(1)
+    write = train_network.write_save
+
+    def late(*arguments):
+        sys.stderr.write("\nsaving\n")
+        while not told.exists():
+            time.sleep(0.01)
+        return write(*arguments)
+
+    train_network.write_save = late
+
+
+def test_a_launcher_that_ends_the_others_does_not_keep_the_main_process_from_saving(config, tmp_path):
+    """It sends them SIGTERM as soon as one has failed."""
+    words = config(max_train_steps=6, log_with="none")
+    runs = run_group(words, tmp_path, 2, partial(failing_and_saving_late, tmp_path / "told"))
+    runs[0].wait_for("\nsaving\n")
+    runs[0].send(signal.SIGTERM)
+    (tmp_path / "told").touch()
+    assert [run.end() for run in runs] == [1, 1], runs[0].output
+    state = tmp_path / "output" / "tiny-step00000002-state"
+    assert (state / "run_state.json").is_file() and damage_of(state) is None
+    assert (tmp_path / "output" / "tiny-step00000002.safetensors").is_file()
 
 
 def caching_instead(words: list[str]) -> None:
