@@ -154,6 +154,13 @@ def test_tensorboard_shows_the_runs_of_a_folder_until_the_run_ends(config, tmp_p
     assert "TensorBoard ended" not in capsys.readouterr().err
 
 
+def test_nothing_is_shown_or_drawn_before_the_settings_are_checked(config, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("library.training.trackers.TensorBoardServer", lambda *arguments: started.append(arguments))
+    assert main(config(auto_start_tensorboard=True, train_data_dir=tmp_path / "nowhere")) == 1
+    assert started == [] and not (tmp_path / "logs").exists()
+
+
 class FailingHub:
     """A service that fails at every request, or at every upload alone."""
 
