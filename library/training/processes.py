@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +43,8 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     any_wishes(False)  # all are here: those that failed in this step cannot be waited for on the GPU any more
-    with _naming_lost_processes():
+    # So what goes wrong between GPUs is something else, such as two processes on one, and NCCL's own words tell it.
+    with _naming_lost_processes() if flat.device.type == "cpu" else nullcontext():
         distributed.all_reduce(flat)
     for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(summed.view_as(tensor))
