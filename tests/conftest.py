@@ -11,6 +11,8 @@ import torch
 
 # Asked of the driver, or the question itself keeps processes forked later (tests/training_runs.py) from using a GPU.
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# Read at the first product on a GPU: products that always add in the same order, for tests in deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter, which is chosen when it is imported
 
