@@ -62,7 +62,7 @@ from library.training.launcher import end_with_launcher
 from library.training.processes import is_first_to_tell, make_accelerator
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
-from library.training.speed import MOST_FIXED_SHAPES, compile_modules
+from library.training.speed import MOST_FIXED_SHAPES, compile_modules, or_uncompiled
 from networks.fused_blocks import fuse_blocks, fuse_obstacle
 from networks.fused_checkpoint import parked_bytes
 from train_network import NetworkTrainer
@@ -294,10 +294,13 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def compile_blocks(self, buckets: int) -> None:
         self.transformer.lengths_vary = buckets > MOST_FIXED_SHAPES
         compile_modules(self.transformer.blocks, self.transformer.lengths_vary)
+        self.transformer.run_blocks = or_uncompiled(self.transformer.run_blocks)
         # A frozen LLM adapter runs ahead of the steps, and as it is: compiled it would round otherwise, and a cache's
         # entries depend on that.
         if not self.has_frozen_context():
-            compile_modules(self.transformer.llm_adapter.blocks, shapes_vary=False)
+            llm_adapter = self.transformer.llm_adapter
+            compile_modules(llm_adapter.blocks, shapes_vary=False)
+            llm_adapter.run_rows = or_uncompiled(llm_adapter.run_rows)
 
     def fuse_obstacle(self) -> str | None:
         if self.settings.memory.is_used:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch._dynamo
 import torch._inductor.config
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from library.options import option
+
+logger = logging.getLogger(__name__)
+
+P, T = ParamSpec("P"), TypeVar("T")
 
 # Compiling pays off after about this many steps: it takes 20 to 60 s and saves 100 ms or so a step.
 STEPS_WORTH_COMPILING = 300
@@ -73,6 +80,7 @@ def compile_modules(modules: Iterable[nn.Module], shapes_vary: bool) -> None:
 
     shapes_vary: whether a dimension that the model marks as dynamic is left open; else there is a form for each shape.
     """
+    torch.compiler.set_stance("default")  # `or_uncompiled` may have found a former run's not to compile
     torch._dynamo.config.recompile_limit = _COMPILED_FORMS
     torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_FORMS
     options = {}
@@ -81,6 +89,24 @@ def compile_modules(modules: Iterable[nn.Module], shapes_vary: bool) -> None:
         options["triton.mix_order_reduction"] = False
     for module in modules:
         module.compile(dynamic=None if shapes_vary else False, options=options)
+
+
+def or_uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """`function`, which calls compiled modules and changes nothing.
+
+    Where one turns out not to compile it is called again, with a warning: from then on all modules run as they are.
+    """
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            logger.warning("torch_compile is off from here on, as the model turns out not to compile: %s", reason)
+        torch.compiler.set_stance("force_eager")
+        return function(*args, **kwargs)
+
+    return run
 
 
 def uncompiled() -> AbstractContextManager:
