@@ -303,8 +303,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
             llm_adapter.run_rows = or_uncompiled(llm_adapter.run_rows)
 
     def fuse_obstacle(self) -> str | None:
-        if self.settings.memory.is_used:
-            return "fp8_base and blocks_to_swap change how weights lie in memory"
+        if self.settings.memory.blocks_to_swap:
+            return "blocks_to_swap moves the weights"
         return fuse_obstacle(self.transformer, self.network) or kernel_obstacle(self.device)
 
     def choose_parking(self, fuses: bool) -> Choice:

@@ -1,12 +1,8 @@
 """Frozen Linears that share an input, with their LoRAs, as one matrix product forward and one backward.
 
-Of W [out, in] and its LoRA's down A [r, in] and up B [out, r], times alpha / rank, one storage holds
-
-    [[W, B],
-     [A, 0]]
-
-so that [x, h] [W, B]ᵀ with h = x Aᵀ is the output, the LoRA's part and all, and [dy, dh] [W; A] with dh = dy B the
-gradient of x. For that x and dy come in rooms that have columns left for h and dh. Of an x without room,
+W [out, in] has its LoRA's down A [r, in] and up B [out, r], times alpha / rank, beside it in memory, see
+`joined_weights`, so that [x, h] [W, B]ᵀ with h = x Aᵀ is the output, the LoRA's part and all, and [dy, dh] [W; A] with
+dh = dy B the gradient of x. For that x and dy come in rooms that have columns left for h and dh. Of an x without room,
 x [W; A]ᵀ gives the base output and h at once; the LoRA's part is left to whoever reads it, as a `Sum`.
 """
 
@@ -21,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.anima_runtime.block_ops import Sum, kernels_of
+from networks.joined_weights import joined_weights
 from networks.lora import LoRA
 
 # Ranks are padded by zeros to multiples of what matrix units take at a time.
@@ -39,7 +36,7 @@ class Passed(NamedTuple):
 
 
 class JointLinear:
-    """Linears of one input and one width; adapters: None where one has none. Their weights become views of the storage.
+    """Linears of one input and one width; adapters: None where one has none.
 
     Biases, which all have or none, are added to the outputs.
     """
@@ -51,16 +48,13 @@ class JointLinear:
         self._out = self._width * len(linears)
         largest = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
         self._rank = -(-largest // _LEAST_RANK) * _LEAST_RANK
-        ranks = self._rank * len(linears)
-        weight = linears[0].weight
-        self._storage = weight.new_zeros(self._out + ranks, self._in + ranks)
+        self._ranks = self._rank * len(linears)
+        self._weights = joined_weights(linears, self._ranks)
+        self._up_OR, self._down_RI = self._weights.up_OR, self._weights.down_RI
         # Once more, in the order in which kernels that add late read it; None where nothing can be left to them.
         adds_late = len(linears) == 1 and 0 < self._rank <= _MOST_LATE_RANK
-        self._up_t = weight.new_zeros(self._rank, self._out) if adds_late else None
-        for linear, place in zip(linears, self._storage[: self._out, : self._in].split(self._width), strict=True):
-            place.copy_(linear.weight.detach())
-            linear.weight.data = place
-        self._bias = joint_bias(linears, ranks)
+        self._up_t = self._up_OR.new_zeros(self._rank, self._out) if adds_late else None
+        self._bias = joint_bias(linears, self._ranks)
 
     def parameters(self) -> list[nn.Parameter]:
         """Of all adapters, in the order of `backward`'s gradients."""
@@ -68,7 +62,7 @@ class JointLinear:
         return [parameter for pair in own for parameter in pair]
 
     def copies(self) -> list[tuple[Tensor, Tensor, float]]:
-        """What must be brought into the storage before `forward`: each adapter weight, its place, and its factor."""
+        """What must be brought beside the weights before `forward`: each adapter weight, its place, and its factor."""
         found = []
         for number, adapter in enumerate(self._adapters):
             if adapter is not None:
@@ -80,26 +74,27 @@ class JointLinear:
 
     def empty_input(self, count: int) -> Tensor:
         """Where x goes for `forward`: [N, in]."""
-        return self._storage.new_empty(count, self._storage.shape[1])[:, : self._in]
+        return self._up_OR.new_empty(count, self._in + self._ranks)[:, : self._in]
 
     def forward(self, x_NI: Tensor) -> list[Tensor]:
         """Each Linear's output [N, out], of an x from `empty_input`."""
         room = _room(x_NI)
         if self._rank:
-            torch.mm(x_NI, self._storage[self._out :, : self._in].t(), out=room[:, self._in :])
-        y_NO = F.linear(room, self._storage[: self._out], None if self._bias is None else self._bias[: self._out])
+            torch.mm(x_NI, self._down_RI.t(), out=room[:, self._in :])
+        bias = None if self._bias is None else self._bias[: self._out]
+        y_NO = F.linear(room, self._weights.whole()[: self._out], bias)
         return list(y_NO.split(self._width, dim=1))
 
     def empty_output(self, count: int) -> Tensor:
         """Where `forward_any` and `forward_late` may put y and h: [N, out + ranks]."""
-        return self._storage.new_empty(count, self._storage.shape[0])
+        return self._up_OR.new_empty(count, self._out + self._ranks)
 
     def forward_any(self, x_NI: Tensor, into: Tensor | None = None) -> tuple[list[Tensor], Tensor | None]:
         """Each Linear's output [N, out], of any x, and h."""
         y = self._product(x_NI, into)
         y_NO, hidden_NR = y[:, : self._out], y[:, self._out :]
         if self._rank:
-            y_NO.addmm_(hidden_NR, self._storage[: self._out, self._in :].t())
+            y_NO.addmm_(hidden_NR, self._up_OR.t())
         return list(y_NO.split(self._width, dim=1)), hidden_NR
 
     def forward_late(self, x_NI: Tensor, into: Tensor | None = None) -> tuple[Sum, Tensor | None]:
@@ -140,18 +135,18 @@ class JointLinear:
         """`backward` as far as dh, for `input_gradient` and `parameter_gradients`."""
         room = _room(gradients[0])
         if self._rank:
-            torch.mm(room[:, : self._out], self._storage[: self._out, self._in :], out=room[:, self._out :])
+            torch.mm(room[:, : self._out], self._up_OR, out=room[:, self._out :])
             hidden_NR = _room(x_NI)[:, self._in :] if hidden_NR is None else hidden_NR
         return Passed(room, x_NI, hidden_NR)
 
     def input_gradient(self, passed: Passed) -> Tensor:
         """That of x [N, in]."""
-        return passed.room @ self._storage[:, : self._in]
+        return passed.room @ self._weights.whole()[:, : self._in]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Joints of the same ones are alike."""
-        return *self._storage.shape, self._width
+        return self._out, self._in, self._rank, self._width
 
     def factors(self, passed: Passed) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]] | None:
         """dh [ranks, N] and x [N, in], whose product is the gradient of A, and each Linear's dy [out, N] and h [N, r],
@@ -173,16 +168,15 @@ class JointLinear:
 
     def _product(self, x_NI: Tensor, into: Tensor | None) -> Tensor:
         """y and h, which biases do not reach, side by side."""
-        weight_IO = self._storage[:, : self._in].t()
+        weight_IO = self._weights.whole()[:, : self._in].t()
         if self._bias is None:
             return torch.mm(x_NI, weight_IO, out=into)
         return torch.addmm(self._bias, x_NI, weight_IO, out=into)
 
     def _places(self, number: int) -> tuple[Tensor, Tensor]:
         """Where an adapter's down [rank, in] and up [out, rank] lie, with the padding of their ranks."""
-        down = self._storage[self._out :, : self._in].narrow(0, number * self._rank, self._rank)
-        up = self._storage[: self._out, self._in :].narrow(1, number * self._rank, self._rank)
-        return down, up.narrow(0, number * self._width, self._width)
+        up = self._up_OR.narrow(1, number * self._rank, self._rank)
+        return self._down_RI.narrow(0, number * self._rank, self._rank), up.narrow(0, number * self._width, self._width)
 
 
 def parameter_gradients(joints: Sequence[JointLinear], passes: Sequence[Passed]) -> list[list[Tensor]]:

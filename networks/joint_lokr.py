@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
 from library.anima_runtime.mixing import merge, mix
+from networks.joined_weights import joined_weights
 from networks.joint_linear import joint_bias, wide_product
 from networks.lokr import LoKr
 
@@ -36,9 +37,8 @@ class JointLoKr:
 
     def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoKr | None]) -> None:
         self._widths = [linear.out_features for linear in linears]
-        self._weight_OI = torch.cat([linear.weight.detach() for linear in linears])
-        for linear, place in zip(linears, self._weight_OI.split(self._widths), strict=True):
-            linear.weight.data = place
+        self._out, self._in = sum(self._widths), linears[0].in_features
+        self._weights = joined_weights(linears)
         self._bias_O = joint_bias(linears)
         self._parts = self._join(adapters)
         self._order = [adapter for adapter in adapters if adapter is not None]
@@ -57,7 +57,7 @@ class JointLoKr:
         return [self._part(start, own) for start, own in runs]
 
     def _part(self, start: int, adapters: list[LoKr]) -> _Part:
-        w1, w2 = (self._weight_OI.new_empty(len(adapters), *shape) for shape in _shapes(adapters[0]))
+        w1, w2 = (self._new_empty(len(adapters), *shape) for shape in _shapes(adapters[0]))
         return _Part(adapters, slice(start, start + w1.shape[0] * w1.shape[1] * w2.shape[1]), w1, w2)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -73,7 +73,7 @@ class JointLoKr:
         return found
 
     def empty_input(self, count: int) -> Tensor:
-        return self._weight_OI.new_empty(count, self._weight_OI.shape[1])
+        return self._new_empty(count, self._in)
 
     def forward(self, x_NI: Tensor) -> list[Tensor]:
         for part in self._parts:
@@ -92,12 +92,12 @@ class JointLoKr:
         return Sum(self.forward(x_NI)[0]), None
 
     def empty_gradients(self, count: int) -> list[Tensor]:
-        return list(self._weight_OI.new_empty(count, len(self._weight_OI)).split(self._widths, dim=1))
+        return list(self._new_empty(count, self._out).split(self._widths, dim=1))
 
     def backward(
         self, gradients: Sequence[Tensor], x_NI: Tensor, _hidden_NR: Tensor | None, wants_input: bool
     ) -> tuple[Tensor | None, list[Tensor]]:
-        dy_NO = gradients[0].as_strided((len(x_NI), len(self._weight_OI)), (len(self._weight_OI), 1))
+        dy_NO = gradients[0].as_strided((len(x_NI), self._out), (self._out, 1))
         found = []
         for part in self._parts:
             for own in zip(part.adapters, *_factor_gradients(part, dy_NO[:, part.rows], x_NI), strict=True):
@@ -106,10 +106,14 @@ class JointLoKr:
 
     def _merged_OI(self) -> Tensor:
         """The weights with what the adapters add."""
-        merged_OI = torch.empty_like(self._weight_OI) if self._covers else self._weight_OI.clone()
+        weight_OI = self._weights.whole()
+        merged_OI = torch.empty_like(weight_OI) if self._covers else weight_OI.clone()
         for part in self._parts:
-            merge(self._weight_OI[part.rows], part.w1_MOI, part.w2_MJK, merged_OI[part.rows])
+            merge(weight_OI[part.rows], part.w1_MOI, part.w2_MJK, merged_OI[part.rows])
         return merged_OI
+
+    def _new_empty(self, *shape: int) -> Tensor:
+        return self._weights.up_OR.new_empty(shape)
 
 
 def _shapes(adapter: LoKr) -> tuple[torch.Size, torch.Size]:

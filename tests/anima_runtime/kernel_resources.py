@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from library.anima_runtime import (
     block_kernels,
     few_keys_kernels,
+    float8_kernels,
     head_kernels,
     low_rank_kernels,
     mixing_kernels,
@@ -34,7 +35,7 @@ from library.anima_runtime import (
 from library.anima_runtime.block_ops import Gated, Modulation, ModulationSums, Normed, Sum
 from library.anima_runtime.residual_norm import RootNormed
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
 _OPTIONS = ("num_warps", "num_stages")
 ROWS, WIDTH, HEADS, SIZE, KEYS = 4096, 2048, 16, 128, 128
 
@@ -122,12 +123,15 @@ def run_heads() -> None:
 
 
 def run_rest() -> None:
-    """GELU, sums, copies and zero keys; a LoKr of factor 8."""
+    """GELU, sums, copies and zero keys; weights of 8 bits; a LoKr of factor 8."""
     block_kernels.gelu(bf16(ROWS, 4 * WIDTH), bf16(ROWS, 4 * WIDTH))
     block_kernels.gelu_backward(bf16(ROWS, 4 * WIDTH), bf16(ROWS, 4 * WIDTH), bf16(ROWS, 4 * WIDTH + 16))
     block_kernels.sum_programs(fp32(1, 132, 9 * WIDTH))
     block_kernels.add_zero_keys(bf16(1, ROWS, HEADS, SIZE), fp32(1, HEADS, ROWS), 300)
     mixing_kernels.merge(bf16(3 * WIDTH, WIDTH), bf16(3, 8, 8), bf16(3, 256, 256), bf16(3 * WIDTH, WIDTH))
+    float8 = torch.empty(4 * WIDTH, WIDTH, dtype=torch.float8_e4m3fn, device="meta")
+    beside = bf16(4 * WIDTH, 16), bf16(16, WIDTH)
+    float8_kernels.write_out(float8, fp32(4 * WIDTH, 1), *beside, bf16(4 * WIDTH + 16, WIDTH + 16))
     mixing_kernels.mix(bf16(3, 8, 8), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256))
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from library.anima_runtime.config import AnimaConfig
+from library.anima_runtime.low_memory import quantise_blocks
 from library.anima_runtime.transformer import AnimaTransformer
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.fused_blocks import FusedBlocks, fuse_blocks, fuse_obstacle
@@ -31,7 +32,7 @@ CASES = {
 }
 
 
-def model_and_network(module, arguments, fuses, dim=4):
+def model_and_network(module, arguments, fuses, dim=4, eight_bits=False):
     """A transformer with an attached network, all float64 and random, the same at each call."""
     torch.manual_seed(0)
     model = AnimaTransformer(CONFIG).double().requires_grad_(False)
@@ -40,6 +41,8 @@ def model_and_network(module, arguments, fuses, dim=4):
         if parameter.ndim > 1 or parameter.requires_grad:
             nn.init.normal_(parameter, std=0.15)
     network.apply_to(None, model)
+    if eight_bits:
+        quantise_blocks(model)
     if fuses:
         fuse_blocks(model, network)
     return model, network
@@ -80,6 +83,19 @@ def test_losses_and_gradients_are_those_of_the_modules(case, checkpointing):
         model.gradient_checkpointing = checkpointing
         results.append(loss_and_gradients(model, network))
     check_equal(*results)
+
+
+@pytest.mark.parametrize("case", ["lora", "lora of some modules", "lora of the modulations too", "lokr, whole"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_weights_may_have_8_bits(case, checkpointing):
+    """They are rounded to float64, not to bfloat16, here."""
+    results = []
+    for fuses in (False, True):
+        model, network = model_and_network(*CASES[case], fuses, eight_bits=True)
+        model.gradient_checkpointing = checkpointing
+        results.append(loss_and_gradients(model, network))
+    check_equal(*results)
+    assert results[0][0] != pytest.approx(loss_and_gradients(*model_and_network(*CASES[case], True))[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("dim", [16, 40])
