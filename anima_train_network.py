@@ -20,7 +20,7 @@ from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack
 from library.anima_runtime.devices import to_device
 from library.anima_runtime.flow import add_noise, velocity_target
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
-from library.anima_runtime.low_memory import check_swap, place_transformer
+from library.anima_runtime.low_memory import BlockSwap, check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
@@ -41,6 +41,7 @@ from library.anima_runtime.tokenizers import (
 )
 from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import check_vae_file, load_vae
+from library.anima_runtime.weight_swap import WeightSwap
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
 from library.data.pictures import Picture
@@ -111,6 +112,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     fuses = parks = False
     context_step = _CONTEXT_STEP
+    swap: BlockSwap | None = None
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
@@ -188,7 +190,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def place_models(self) -> None:
         if self.settings.memory.is_used:
-            place_transformer(self.transformer, self.settings.memory, self.device)
+            self.swap = place_transformer(self.transformer, self.settings.memory, self.device)
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         return self.vae.encode(pixels_BCHW)
@@ -303,8 +305,6 @@ class AnimaNetworkTrainer(NetworkTrainer):
             llm_adapter.run_rows = or_uncompiled(llm_adapter.run_rows)
 
     def fuse_obstacle(self) -> str | None:
-        if self.settings.memory.blocks_to_swap:
-            return "blocks_to_swap moves the weights"
         return fuse_obstacle(self.transformer, self.network) or kernel_obstacle(self.device)
 
     def choose_parking(self, fuses: bool) -> Choice:
@@ -323,7 +323,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def fuse_blocks(self, parks: bool, buckets: int) -> None:
         self.parks = parks
         self.context_step = context_step(buckets, self.settings.model.anima_seq_len)
-        fuse_blocks(self.transformer, self.network, Parking(self.device) if parks else None)
+        swap = None
+        if self.swap is not None:
+            swap = WeightSwap(self.swap.count, self.device)
+            self.swap.undo()
+        fuse_blocks(self.transformer, self.network, Parking(self.device) if parks else None, swap)
         self.fuses = True
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
 
@@ -338,7 +342,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return None
 
     def capture_obstacle(self) -> str | None:
-        if self.settings.memory.blocks_to_swap:
+        if self.settings.memory.blocks_to_swap and not self.fuses:
             return "blocks_to_swap moves the weights"
         if self.network.trains("text_encoder"):
             return "Qwen3 is trained, and its inputs are of any length"

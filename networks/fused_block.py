@@ -28,6 +28,7 @@ from library.anima_runtime.block_ops import (
     summed,
 )
 from library.anima_runtime.transformer import Block
+from library.anima_runtime.weight_swap import SwappedBlock
 from networks.adapter import Adapter
 from networks.fused_parts import FusedNorm, HeadNormsBackward, Joint, Parts, heads, normed_heads, rows
 
@@ -99,15 +100,15 @@ class Tape(Protocol):
 
 
 class FusedBlock:
-    """One block. adapters: by the path of the module in the block, those it has.
+    """One block. adapters: by the path of the module in the block, those it has. swapped: itself, if its weights are.
 
     Each branch is x + gate * f(LayerNorm(x) * (1 + scale) + shift); `gated_norm` takes the end of one together with the
     beginning of the next.
     """
 
-    def __init__(self, block: Block, adapters: Mapping[str, Adapter]) -> None:
-        parts = Parts(block, adapters)
-        self.block = block
+    def __init__(self, block: Block, adapters: Mapping[str, Adapter], swapped: SwappedBlock | None = None) -> None:
+        parts = Parts(block, adapters, swapped)
+        self.block, self._swapped = block, swapped
         self.head_size = block.self_attn.head_size
         self.qkv = parts.joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.self_output = parts.joint("self_attn.output_proj")
@@ -116,6 +117,9 @@ class FusedBlock:
         self.cross_output = parts.joint("cross_attn.output_proj")
         self.wide = parts.joint("mlp.layer1")
         self.narrow = parts.joint("mlp.layer2")
+        if swapped is not None:
+            block.to(swapped.swap.device)  # all but what is swapped, which is there by now
+            block.register_forward_pre_hook(lambda *_: swapped.enter(backward=False))  # where it is run as it is
         self.norms = [parts.norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
         self.joints = (self.qkv, self.self_output, self.q, self.kv, self.cross_output, self.wide, self.narrow)
 
@@ -125,6 +129,8 @@ class FusedBlock:
 
     def forward(self, x_BLD: Tensor, given: Given, tape: Tape | None) -> Tensor:
         """As `Block.forward`: x (B, L, D). What `backward` needs goes to the tape, if there is one."""
+        if self._swapped is not None:
+            self._swapped.enter(backward=False)
         former = None
         for number in range(3):
             x_BLD, former = self.run(number, x_BLD, former, given, tape)
@@ -134,6 +140,8 @@ class FusedBlock:
         self, dx_BLD: Tensor, tape: Tape, given: Given, wants_x: bool, wants_modulations: bool, wants_context: bool
     ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None, list[Tensor]]:
         """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
+        if self._swapped is not None:
+            self._swapped.enter(backward=True)
         done = _BackwardPass(self, tape, given, dx_BLD, wants_modulations)
         done.pass_mlp()
         dcontext_BSD = done.pass_cross_attention(wants_context)

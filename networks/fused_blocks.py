@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from library.anima_runtime.attention import RotaryTables
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.transformer import AnimaTransformer, Block
+from library.anima_runtime.weight_swap import SwappedBlock, WeightSwap
 from networks.adapter import NO_DROPOUT
 from networks.fused_block import FusedBlock, Given, Tape
 from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape
@@ -60,15 +61,19 @@ def _tape(fused: FusedBlock, given: Given, parking: Parking | None, is_last: boo
 class FusedBlocks:
     """All blocks of a transformer with a network's adapters; see `fuse_blocks`."""
 
-    def __init__(self, transformer: AnimaTransformer, network: AdapterNetwork, parking: Parking | None) -> None:
-        self._parking = parking
+    def __init__(
+        self, transformer: AnimaTransformer, network: AdapterNetwork, parking: Parking | None, swap: WeightSwap | None
+    ) -> None:
+        self._parking, self._swap = parking, swap
+        first_swapped = len(transformer.blocks) - (0 if swap is None else len(swap.homes))
         self._network, adapters = network, network.adapters
         self._plainly = transformer.run_blocks
         self._blocks = []
         for number, block in enumerate(transformer.blocks):
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
-            self._blocks.append(FusedBlock(block, own))
+            swapped = None if number < first_swapped else SwappedBlock(swap, number - first_swapped)
+            self._blocks.append(FusedBlock(block, own, swapped))
         joints = [joint for fused in self._blocks for joint in fused.joints]
         norms = [norm for fused in self._blocks for norm in fused.norms]
         self._weights = TrainedWeights(list(adapters.values()), joints, norms)
@@ -86,6 +91,8 @@ class FusedBlocks:
         zero_rows: int = 0,
     ) -> Tensor:
         """See `Block.forward`. zero_rows: how many rows of the context are zero and not there."""
+        if self._swap is not None:
+            self._swap.begin()
         if self._network.multiplier != 1:
             return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary, zero_rows)
         self._weights.take()
@@ -110,13 +117,19 @@ class FusedBlocks:
         return (torch.bmm(ranks_MBR, self._up.transpose(1, 2)) + shared_BK).unbind()
 
 
-def fuse_blocks(transformer: AnimaTransformer, network: AdapterNetwork, parking: Parking | None = None) -> None:
+def fuse_blocks(
+    transformer: AnimaTransformer,
+    network: AdapterNetwork,
+    parking: Parking | None = None,
+    swap: WeightSwap | None = None,
+) -> None:
     """Has the transformer's blocks computed by `FusedBlocks`; `fuse_obstacle` must have found nothing.
 
     The LLM adapter as well, by `FusedLLMAdapter`, if gradients go through it; else it is to give the bits that caches
-    of its rows hold. parking: for what gradient checkpointing keeps of the blocks; see `fused_checkpoint`.
+    of its rows hold. parking: for what gradient checkpointing keeps of the blocks; see `fused_checkpoint`. swap: for
+    the products' weights of the last blocks, as many as it is for, which must lie in main memory.
     """
-    transformer.run_blocks = FusedBlocks(transformer, network, parking)
+    transformer.run_blocks = FusedBlocks(transformer, network, parking, swap)
     if _passes_llm_adapter(network):
         transformer.llm_adapter.run_rows = FusedLLMAdapter(transformer.llm_adapter, network)
 

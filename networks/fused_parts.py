@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from library.anima_runtime.attention import RMSNorm, RotaryTables
 from library.anima_runtime.block_ops import ManyCopies, empty_head_sums, head_norms, head_norms_backward, summed
+from library.anima_runtime.weight_swap import SwappedBlock
 from networks.adapter import Adapter
 from networks.joint_linear import JointLinear
 from networks.joint_lokr import JointLoKr
@@ -34,18 +35,21 @@ class FusedNorm:
 
 
 class Parts:
-    """Makes the parts of a module with adapters, which go by the path of what they change in it."""
+    """Makes the parts of a module with adapters, which go by the path of what they change in it.
 
-    def __init__(self, module: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-        self._module, self._adapters = module, adapters
+    swapped: the block that the module is, if its weights are.
+    """
+
+    def __init__(self, module: nn.Module, adapters: Mapping[str, Adapter], swapped: SwappedBlock | None = None) -> None:
+        self._module, self._adapters, self._swapped = module, adapters, swapped
 
     def joint(self, *paths: str) -> Joint:
         """Linears of one input."""
         linears = [self._module.get_submodule(path) for path in paths]
         own = [self._adapters.get(path) for path in paths]
         if any(isinstance(adapter, LoKr) for adapter in own):
-            return JointLoKr(linears, own)
-        return JointLinear(linears, own)
+            return JointLoKr(linears, own, self._swapped)
+        return JointLinear(linears, own, self._swapped)
 
     def norm(self, path: str) -> FusedNorm:
         return FusedNorm(self._module.get_submodule(path), self._adapters.get(path))

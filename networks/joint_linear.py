@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from library.anima_runtime.block_ops import Sum, kernels_of
+from library.anima_runtime.weight_swap import SwappedBlock
 from networks.joined_weights import joined_weights
 from networks.lora import LoRA
 
@@ -36,12 +37,14 @@ class Passed(NamedTuple):
 
 
 class JointLinear:
-    """Linears of one input and one width; adapters: None where one has none.
+    """Linears of one input and one width; adapters: None where one has none. swapped: their block, if it is.
 
     Biases, which all have or none, are added to the outputs.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None]) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], adapters: Sequence[LoRA | None], swapped: SwappedBlock | None = None
+    ) -> None:
         self._adapters = adapters
         self._in = linears[0].in_features
         self._width = linears[0].out_features
@@ -49,7 +52,7 @@ class JointLinear:
         largest = max((adapter.rank for adapter in adapters if adapter is not None), default=0)
         self._rank = -(-largest // _LEAST_RANK) * _LEAST_RANK
         self._ranks = self._rank * len(linears)
-        self._weights = joined_weights(linears, self._ranks)
+        self._weights = joined_weights(linears, self._ranks, swapped)
         self._up_OR, self._down_RI = self._weights.up_OR, self._weights.down_RI
         # Once more, in the order in which kernels that add late read it; None where nothing can be left to them.
         adds_late = len(linears) == 1 and 0 < self._rank <= _MOST_LATE_RANK

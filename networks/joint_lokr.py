@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from library.anima_runtime.block_ops import Sum
 from library.anima_runtime.mixing import merge, mix
+from library.anima_runtime.weight_swap import SwappedBlock
 from networks.joined_weights import joined_weights
 from networks.joint_linear import joint_bias, wide_product
 from networks.lokr import LoKr
@@ -35,10 +36,12 @@ class _Part(NamedTuple):
 class JointLoKr:
     """Linears of one input; adapters: None where one has none. See `JointLinear` for these and the methods."""
 
-    def __init__(self, linears: Sequence[nn.Linear], adapters: Sequence[LoKr | None]) -> None:
+    def __init__(
+        self, linears: Sequence[nn.Linear], adapters: Sequence[LoKr | None], swapped: SwappedBlock | None = None
+    ) -> None:
         self._widths = [linear.out_features for linear in linears]
         self._out, self._in = sum(self._widths), linears[0].in_features
-        self._weights = joined_weights(linears)
+        self._weights = joined_weights(linears, 0, swapped)
         self._bias_O = joint_bias(linears)
         self._parts = self._join(adapters)
         self._order = [adapter for adapter in adapters if adapter is not None]

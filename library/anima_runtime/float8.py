@@ -48,15 +48,15 @@ def quantise(linear: nn.Linear) -> None:
     linear.__class__ = Float8Linear
 
 
-def write_out(weight_OI: Tensor, scale_O1: Tensor, up_OR: Tensor, down_RI: Tensor) -> Tensor:
-    """[[W, up], [down, 0]] in the dtype of up and down, to which W is rounded once."""
+def write_out(weight_OI: Tensor, scale_O1: Tensor | None, up_OR: Tensor, down_RI: Tensor) -> Tensor:
+    """[[W, up], [down, 0]] in the dtype of up and down, to which W is rounded once. scale: None for 1."""
     (out_width, in_width), ranks = weight_OI.shape, len(down_RI)
     if weight_OI.is_cuda:
         whole = down_RI.new_empty(out_width + ranks, in_width + ranks)
         kernels_of("float8").write_out(weight_OI, scale_O1, up_OR, down_RI, whole)
         return whole
     whole = down_RI.new_zeros(out_width + ranks, in_width + ranks)
-    whole[:out_width, :in_width] = _dequantised(weight_OI, scale_O1, whole.dtype)
+    whole[:out_width, :in_width] = weight_OI if scale_O1 is None else _dequantised(weight_OI, scale_O1, whole.dtype)
     whole[:out_width, in_width:] = up_OR
     whole[out_width:, :in_width] = down_RI
     return whole

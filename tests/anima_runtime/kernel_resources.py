@@ -131,7 +131,8 @@ def run_rest() -> None:
     mixing_kernels.merge(bf16(3 * WIDTH, WIDTH), bf16(3, 8, 8), bf16(3, 256, 256), bf16(3 * WIDTH, WIDTH))
     float8 = torch.empty(4 * WIDTH, WIDTH, dtype=torch.float8_e4m3fn, device="meta")
     beside = bf16(4 * WIDTH, 16), bf16(16, WIDTH)
-    float8_kernels.write_out(float8, fp32(4 * WIDTH, 1), *beside, bf16(4 * WIDTH + 16, WIDTH + 16))
+    for weight, scale in ((float8, fp32(4 * WIDTH, 1)), (bf16(4 * WIDTH, WIDTH), None)):
+        float8_kernels.write_out(weight, scale, *beside, bf16(4 * WIDTH + 16, WIDTH + 16))
     mixing_kernels.mix(bf16(3, 8, 8), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256))
 
 

@@ -48,16 +48,19 @@ def every_weight(rows: int, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("ranks", [0, 16])
-def test_weights_are_written_out_with_what_lies_beside_them(interpreter, ranks):
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_weights_are_written_out_with_what_lies_beside_them(interpreter, ranks, eight_bits):
     """By the kernel, in tiles that do not fit, and without it."""
     from library.anima_runtime.float8_kernels import write_out as by_kernel
 
     weight_OI, generator = every_weight(13, 250), torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     scale_O1, beside = draw(13, 1).exp(), draw(13, 250 + ranks)
+    if not eight_bits:
+        weight_OI, scale_O1 = weight_OI.float(), None
     up_OR, down_RI = beside[:, 250:], draw(ranks, 250)
     expected = torch.zeros(13 + ranks, 250 + ranks, dtype=torch.float64)
-    expected[:13, :250] = weight_OI.double() * scale_O1.double()
+    expected[:13, :250] = weight_OI.double() * (scale_O1.double() if eight_bits else 1.0)
     expected[:13, 250:], expected[13:, :250] = up_OR, down_RI
     whole = torch.full((13 + ranks, 250 + ranks), torch.nan)
     by_kernel(weight_OI, scale_O1, up_OR, down_RI, whole)

@@ -62,6 +62,19 @@ def test_only_two_swapped_blocks_have_weights_at_once():
         assert torch.equal(transformer(*inputs), before)
 
 
+def test_a_swap_can_be_undone():
+    transformer = AnimaTransformer(CONFIG).requires_grad_(False)
+    inputs = torch.randn(1, 16, 1, 4, 4), torch.tensor([0.5]), torch.randn(1, 8, 32)
+    with torch.no_grad():
+        before = transformer(*inputs)
+        swap = place_transformer(transformer, MemorySettings(blocks_to_swap=3), CPU)
+        assert swap.count == 3
+        transformer(*inputs)
+        swap.undo()
+        assert all(block.mlp.layer1.weight.numel() > 0 for block in transformer.blocks)
+        assert torch.equal(transformer(*inputs), before)
+
+
 def test_all_linears_of_the_blocks_but_the_modulations_become_8_bit():
     transformer = AnimaTransformer(CONFIG)
     quantise_blocks(transformer)

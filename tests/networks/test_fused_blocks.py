@@ -9,6 +9,7 @@ from torch import nn
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.low_memory import quantise_blocks
 from library.anima_runtime.transformer import AnimaTransformer
+from library.anima_runtime.weight_swap import WeightSwap
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.fused_blocks import FusedBlocks, fuse_blocks, fuse_obstacle
 from networks.network import AdapterNetwork
@@ -96,6 +97,24 @@ def test_weights_may_have_8_bits(case, checkpointing):
         results.append(loss_and_gradients(model, network))
     check_equal(*results)
     assert results[0][0] != pytest.approx(loss_and_gradients(*model_and_network(*CASES[case], True))[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("case", ["lora", "lora of the modulations too", "lokr, whole"])
+def test_weights_may_lie_elsewhere(case, eight_bits):
+    """In steps one after the other, without the network, and of the first block too, which is both first and next."""
+    plain = model_and_network(*CASES[case], False, eight_bits=eight_bits)
+    model, network = model_and_network(*CASES[case], False, eight_bits=eight_bits)
+    model.gradient_checkpointing = True
+    fuse_blocks(model, network, swap=WeightSwap(len(model.blocks), torch.device("cpu")))
+    for _ in range(2):
+        results = []
+        for own in (plain, (model, network)):
+            own[1].zero_grad()
+            results.append(loss_and_gradients(*own))
+        check_equal(*results)
+        with torch.no_grad(), plain[1].disabled(), network.disabled():
+            torch.testing.assert_close(model(*inputs()), plain[0](*inputs()))
 
 
 @pytest.mark.parametrize("dim", [16, 40])
