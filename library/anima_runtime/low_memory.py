@@ -58,7 +58,7 @@ class BlockSwap:
 
     def __init__(self, transformer: AnimaTransformer, count: int, device: torch.device) -> None:
         blocks = transformer.blocks[len(transformer.blocks) - count :]
-        self._swap = WeightSwap(count, device)
+        self._swap = WeightSwap(len(blocks), device)
         self._tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
         self._last = -1
         self._hooks = []
