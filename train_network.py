@@ -56,7 +56,7 @@ from library.training.preflight import (
     tell_trials,
     try_batches,
 )
-from library.training.processes import any_wishes, check_same, gather_lists, sum_gradients
+from library.training.processes import any_wishes, check_same, gather_lists, prepare_exchange, sum_gradients
 from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
@@ -223,6 +223,7 @@ class NetworkTrainer(ABC):
         # Models, adapter, latents, optimizer.
         set_seed(run.seed)
         self.load_and_attach(plan)
+        prepare_exchange(self.device)
         if run.preflight:
             self.preflight(plan)
             return

@@ -50,6 +50,8 @@ def _swapped(key: str, old: str, model: Path, folder: Path) -> str:
         return old
     if key in OVERLAY["model_files"]:
         return f'"{(model / OVERLAY["model_files"][key]).as_posix()}"'
+    if key in OVERLAY["blocks"]:
+        return str(OVERLAY["blocks"][key])
     if key in OVERLAY["sizes"]["keys"]:
         return re.sub(r"\d+", lambda side: str(max(16, int(side[0]) // OVERLAY["sizes"]["divisor"] // 16 * 16)), old)
     if key in OVERLAY["folders"]["written"]:

@@ -31,6 +31,7 @@ EXPECTED = {
         "ss_optimizer": "AdamW(weight_decay=0.01,betas=(0.9, 0.99))",
     },
     "examples/several_datasets.toml": {"ss_num_train_images": "28"},  # 4 pictures 4 times, twice, and once
+    "examples/lora_6gb.toml": {"ss_fp8_base": "True", "ss_gradient_checkpointing": "True"},
     "examples/lora_8gb.toml": {"ss_network_dim": "16", "ss_gradient_checkpointing": "True"},
     "examples/lora_24gb.toml": {"ss_gradient_checkpointing": "False", "ss_gradient_accumulation_steps": "4"},
     "smoke/lokr.toml": {"ss_network_dim": "100000"},

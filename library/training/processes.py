@@ -50,6 +50,11 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(summed.view_as(tensor))
 
 
+def prepare_exchange(device: torch.device) -> None:
+    """Has the exchange between GPUs take the memory that it needs, before the first step takes all that there is."""
+    sum_over_processes([torch.zeros(1, device=device)])
+
+
 def sum_gradients(parameters: Iterable[nn.Parameter], others: Sequence[Tensor]) -> None:
     """`sum_over_processes` for the gradients and other tensors; a gradient that only this process lacks counts as 0."""
     if not distributed.is_initialized():
