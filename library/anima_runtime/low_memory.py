@@ -75,12 +75,14 @@ class BlockSwap:
         return len(self._tensors)
 
     def undo(self) -> None:
-        """Gives the blocks their weights in main memory, and lets go of them."""
+        """Gives the blocks their weights in main memory, and lets go of them, and of the places on the device."""
         for hook in self._hooks:
             hook.remove()
         for tensors, homes in zip(self._tensors, self._swap.homes, strict=True):
             for tensor, home in zip(tensors, homes, strict=True):
                 tensor.data = home
+        for places in (*self._swap.slots, *self._swap.homes):
+            places.clear()
 
     def _before(self, number: int) -> None:
         """Has a block's weights in place, and the next one's on their way."""

@@ -1,5 +1,7 @@
 """8-bit blocks and blocks in main memory: the same numbers, as far as rounding allows."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -70,7 +72,10 @@ def test_a_swap_can_be_undone():
         swap = place_transformer(transformer, MemorySettings(blocks_to_swap=3), CPU)
         assert swap.count == 3
         transformer(*inputs)
+        place = weakref.ref(transformer.blocks[4].mlp.layer1.weight.data.untyped_storage())
+        assert place() is not None
         swap.undo()
+        assert place() is None
         assert all(block.mlp.layer1.weight.numel() > 0 for block in transformer.blocks)
         assert torch.equal(transformer(*inputs), before)
 
