@@ -36,7 +36,8 @@ _KINDS = (
     ("optimizer, gradient sums and norms", r"multi_tensor_apply|_foreach|fused_adam|lpnorm|optimizer"),
     ("copies and casts", r"memcpy|memset|copy_|catarray|aten::(cat|clone|fill_|zero_)$"),
     ("elementwise and norms", r"elementwise|norm|reduce|softmax|gelu|silu|activate|index|aten::"),
-    ("elementwise and norms", r"^_(sum_programs|add_zero_keys|mix|merge)"),
+    (_THIN, r"^_factor_gradients"),
+    ("elementwise and norms", r"^_(sum_programs|add_zero_keys|mix|merge|write_out)"),
     ("other", r""),
 )
 # A compiled kernel that only moves or casts has no other words than these in its name.

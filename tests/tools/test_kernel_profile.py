@@ -24,6 +24,8 @@ KERNELS = {
     "triton_poi_fused__to_copy_12": "copies and casts",
     "triton_poi_fused__to_copy_t_view_3": "copies and casts",
     "triton_red_fused__to_copy_add_mul_native_layer_norm_4": "elementwise and norms",
+    "_factor_gradients": "thin products (adapters, modulation)",
+    "_write_out": "elementwise and norms",
     "triton_poi_fused__scaled_dot_product_flash_attention_backward_mul_7": "elementwise and norms",
     "void at::native::vectorized_elementwise_kernel<4, AddFunctor>": "elementwise and norms",
     "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "exchange between GPUs",
