@@ -138,7 +138,7 @@ def test_swapped_and_8_bit_blocks_give_the_numbers_they_should_in_less_memory(re
 
 @pytest.mark.parametrize("rounds", [False, True], ids=["", "8 bits"])
 def test_own_kernels_compute_the_same_of_swapped_blocks_in_less_memory(real_width_config, in_order, rounds):
-    """Recorded, of two shapes in turn. The modulations stay. Modules round to bf16 at other places: 1 %."""
+    """Recorded, of two shapes in turn. The modulations stay. Modules round to bf16 at other places: 3 %."""
     there, swapped = (
         steps_of(
             real_width_config, FUSED_RECORDED, run=run_settings(True, parks=True),
@@ -150,7 +150,7 @@ def test_own_kernels_compute_the_same_of_swapped_blocks_in_less_memory(real_widt
     saved = (SWAPPED - 2) * linear_bytes(real_width_config)[0] // (2 if rounds else 1)
     assert there.held - swapped.held == pytest.approx(saved, rel=0.05)
     by_modules = steps_of(real_width_config, run=run_settings(True), memory=MemorySettings(fp8_base=rounds))
-    assert there.losses == pytest.approx(by_modules.losses, rel=0.01)
+    assert there.losses == pytest.approx(by_modules.losses, rel=0.03)
 
 
 @pytest.mark.parametrize(
