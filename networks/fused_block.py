@@ -141,7 +141,7 @@ class FusedBlock:
     ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None, list[Tensor]]:
         """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
         if self._swapped is not None:
-            self._swapped.enter(backward=True)
+            self._swapped.enter(backward=True, ends=not wants_x)
         done = _BackwardPass(self, tape, given, dx_BLD, wants_modulations)
         done.pass_mlp()
         dcontext_BSD = done.pass_cross_attention(wants_context)

@@ -31,6 +31,13 @@ RUNS = {
         "network_args": ["loraplus_lr_ratio=4", "rs_lora=True"], "scale_weight_norms": 0.01,
         "on_nonfinite": "rollback", "cache_text_encoder_outputs": True, "train_llm_adapter": False,
     },
+    "weights of 8 bits, some in main memory, samples among the steps": {
+        "fp8_base": True, "blocks_to_swap": 1, "gradient_accumulation_steps": 2, "sample_at_first": True,
+        "sample_every_n_steps": 2, "validation_split": 0.25, "validate_every_n_steps": 1,
+    },
+    "all blocks in main memory, one of them trained": {
+        "blocks_to_swap": 2, "network_args": ["target_modules=blocks.1.*", "train_norm=False"],
+    },
 }  # fmt: skip
 
 

@@ -38,14 +38,17 @@ class WeightSwap:
         self.in_slot = [None, None]
         self._fetch(0)
 
-    def enter(self, number: int, backward: bool) -> None:
-        """Has the device wait for a block's weights, and sends for those of the block that follows."""
+    def enter(self, number: int, backward: bool, ends: bool = False) -> None:
+        """Has the device wait for a block's weights, and sends for those of the block that follows.
+
+        ends: whether none does, as the pass goes no further. A CUDA graph cannot record copies that nothing waits for.
+        """
         self._fetch(number)
         arrived = self._arrived[number % 2]
         if arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(arrived)
         following = number - 1 if backward else number + 1
-        if 0 <= following < len(self.homes):
+        if not ends and 0 <= following < len(self.homes):
             self._fetch(following)
 
     def _fetch(self, number: int) -> None:
@@ -77,6 +80,6 @@ class SwappedBlock(NamedTuple):
         """See `WeightSwap.add`."""
         return self.swap.add(self.number, weight)
 
-    def enter(self, backward: bool) -> None:
+    def enter(self, backward: bool, ends: bool = False) -> None:
         """See `WeightSwap.enter`."""
-        self.swap.enter(self.number, backward)
+        self.swap.enter(self.number, backward, ends)
