@@ -21,8 +21,9 @@ from library.training.optimizers import OptimizerSettings
 from library.training.preflight import memory_limit
 from library.training.run import RunSettings
 from library.training.speed import SpeedSettings
+from networks.settings import NetworkSettings
 from tests.test_cuda_running import SIDES, made, train
-from tools.benchmark_cases import EAGER
+from tools.benchmark_cases import EAGER, LORA_BLOCKS
 from tools.make_tiny_anima import REAL, transformer_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -151,6 +152,20 @@ def test_own_kernels_compute_the_same_of_swapped_blocks_in_less_memory(real_widt
     assert there.held - swapped.held == pytest.approx(saved, rel=0.05)
     by_modules = steps_of(real_width_config, run=run_settings(True), memory=MemorySettings(fp8_base=rounds))
     assert there.losses == pytest.approx(by_modules.losses, rel=0.03)
+
+
+def test_swapped_blocks_that_no_backward_pass_reaches_can_be_recorded(real_width_config, in_order, caplog):
+    """Nothing is on its way for them when a pass ends."""
+    network = NetworkSettings(**LORA_BLOCKS, network_args=("target_modules=blocks.3-4.*_proj",))
+    one, other = (
+        steps_of(
+            real_width_config, speed, run=run_settings(True, parks=True), network=network,
+            memory=MemorySettings(blocks_to_swap=SWAPPED),
+        )
+        for speed in (FUSED, FUSED_RECORDED)
+    )  # fmt: skip
+    assert same_bits(one, other)
+    assert "cannot be recorded" not in caplog.text
 
 
 @pytest.mark.parametrize(
