@@ -29,8 +29,9 @@ class MemorySettings:
     )
     blocks_to_swap: int = option(
         0,
-        "So many of the transformer's blocks lie in main memory and come to the card when their turn is: 126 MB less "
-        "for each, 63 MB with fp8_base, and somewhat slower steps. Needs gradient_checkpointing.",
+        "So many of the transformer's blocks lie in main memory and come to the card when their turn is, two at a "
+        "time: 126 MB less for each but two, 63 MB with fp8_base, and somewhat slower steps. Needs "
+        "gradient_checkpointing.",
     )
 
     @property
@@ -54,7 +55,10 @@ def quantise_blocks(transformer: AnimaTransformer) -> None:
 
 
 class BlockSwap:
-    """Has blocks as they are find their weights where they look for them; those of the last `count` are swapped."""
+    """Swaps the weights of the last `count` blocks, for blocks that run module by module.
+
+    A block's parameters and buffers are on the device when its turn is, and empty until then.
+    """
 
     def __init__(self, transformer: AnimaTransformer, count: int, device: torch.device) -> None:
         blocks = transformer.blocks[len(transformer.blocks) - count :]

@@ -67,7 +67,7 @@ def factor_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Of y = x Wᵀ + h Bᵀ with h = x Aᵀ: of B, dyᵀ h [out, rank], and of A, dhᵀ x [ranks, in], float32.
 
-    linears: how many share x; each has its own columns of dy, h and dh.
+    linears: how many share x; each has its own columns of dy, h and dh. Rows may lie apart in memory, columns not.
     """
     (count, out_width), in_width, ranks = dy_NO.shape, x_NI.shape[1], hidden_NR.shape[1]
     dup = dy_NO.new_empty(out_width, ranks // linears, dtype=torch.float32)

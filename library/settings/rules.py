@@ -123,7 +123,7 @@ def wrong_numbers(settings: Settings) -> Iterator[str]:
 
 
 def memory(settings: Settings) -> Iterator[str]:
-    """Swapped blocks come back for the backward pass only where they are computed again."""
+    """Blocks that run module by module and are swapped come back for the backward pass only if computed again."""
     if settings.memory.blocks_to_swap and settings.run.gradient_checkpointing is False:
         swap, checkpointing = origin(settings, "blocks_to_swap"), origin(settings, "gradient_checkpointing")
         yield f"{swap}: needs gradient checkpointing, which {checkpointing} turns off; drop one of them"
