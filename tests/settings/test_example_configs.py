@@ -63,7 +63,7 @@ def test_the_overlay_changes_nothing_but_what_it_declares(name, tiny_anima, tmp_
     assert changed_keys(shipped, small) <= {
         "pretrained_model_name_or_path", "vae", "qwen", "t5_tokenizer_dir", "sample_prompts",
         "train_data_dir", "dataset_config", "image_dir", "output_dir", "logging_dir",
-        "resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps",
+        "resolution", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "blocks_to_swap",
         "max_train_steps", "max_train_epochs", *OVERLAY["switches"]["off"],
     }  # fmt: skip
 
