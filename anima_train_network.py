@@ -213,7 +213,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         self.captions = encoder
 
     def encode_ahead(self, captions: Sequence[str]) -> None:
-        self.captions.encode(captions)
+        # Recorded steps may hold the memory that Qwen3 takes meanwhile.
+        self.with_room(lambda: self.captions.encode(captions))
 
     def latents_are_cached(self) -> None:
         self.vae.to("cpu")

@@ -451,6 +451,22 @@ def test_recorded_steps_give_their_memory_to_samples(config, tiny_anima, tmp_pat
     assert (tmp_path / "output" / "sample" / "tiny_grid.png").is_file()
 
 
+def test_recorded_steps_give_their_memory_to_captions():
+    """As to samples. Captions are encoded between steps, by a text encoder that comes to the card for that."""
+    released, encoded = [], []
+
+    def encode(captions):
+        if not released:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        encoded.append(captions)
+
+    trainer = object.__new__(AnimaNetworkTrainer)
+    trainer.captured = SimpleNamespace(release=lambda: released.append(True))
+    trainer.captions = SimpleNamespace(encode=encode)
+    trainer.encode_ahead(["a cat", "a dog"])
+    assert (len(released), encoded) == (1, [["a cat", "a dog"]])
+
+
 def test_the_llm_adapter_can_be_left_out(config, tmp_path):
     main(config(train_llm_adapter=False))
     assert len(adapter(tmp_path)) == 3 * 20 + 9
