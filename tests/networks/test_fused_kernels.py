@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from library.anima_runtime import attention_passes
+from library.anima_runtime.low_memory import quantise_blocks
+from library.anima_runtime.weight_swap import WeightSwap
 from networks import lokr_anima, lora_anima
 from networks.fused_blocks import fuse_blocks, fuse_obstacle
 from tests.networks import test_fused_blocks
-from tests.networks.test_fused_blocks import CONFIG, WHOLE, model_and_network
+from tests.networks.test_fused_blocks import CONFIG, CPU, WHOLE, model_and_network
 
 CASES = {
     "lora": (lora_anima, {}, 4),
@@ -69,13 +71,28 @@ def each_case():
 
 @pytest.mark.parametrize(("case", "captions"), list(each_case()))
 def test_losses_and_gradients_are_those_of_the_modules(small, card, case, captions):
+    check(card, case, captions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["lora", "lokr, whole"])
+@pytest.mark.parametrize("eight_bits", [False, True], ids=["", "8 bits"])
+def test_weights_may_lie_elsewhere_and_have_8_bits(small, card, case, eight_bits):
+    """They are written out for each product by a kernel."""
+    check(card, case, [(7, 9), (12, 1)], eight_bits, swap=WeightSwap(1, CPU))
+
+
+def check(card, case, captions, eight_bits=False, swap=None):
     module, arguments, dim = CASES[case]
-    loss, expected = loss_and_gradients(*model_and_network(module, arguments, False, dim), torch.float64, captions)
+    plain = model_and_network(module, arguments, False, dim, eight_bits)
+    loss, expected = loss_and_gradients(*plain, torch.float64, captions)
     model, network = model_and_network(module, arguments, False, dim)
     model.float()
     network.float()
+    if eight_bits:
+        quantise_blocks(model)
     assert fuse_obstacle(model, network) is None
-    fuse_blocks(model, network)
+    fuse_blocks(model, network, swap=swap)
     card()
     found_loss, found = loss_and_gradients(model, network, torch.float32, captions)
     assert found_loss == pytest.approx(loss, rel=1e-5)
