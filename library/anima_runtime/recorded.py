@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from library.cuda_graphs import recording
+
 logger = logging.getLogger(__name__)
 
 # Runs before a recording, in which compilers and libraries settle on their kernels and workspaces.
@@ -63,7 +65,6 @@ class RecordedForward:
                 self._function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (saving, curves) may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with recording(graph):
             output = self._function(*inputs)
         return _Recording(graph, inputs, output)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.cuda_graphs import recording
 from library.training.gradient_sums import add_gradients
 
 logger = logging.getLogger(__name__)
@@ -94,8 +95,7 @@ class CapturedBackward:
                 self._accumulate(static, share)
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (loading, curves) may go on using CUDA meanwhile.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+        with recording(graph, pool=self._pool, stream=self._stream):
             losses = self._accumulate(static, share)
         torch.cuda.set_rng_state(random)  # the first replay draws what any other would
         return _Captured(graph, static, share, losses)
