@@ -25,4 +25,4 @@ def recording(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
             cause = cause.__context__
-        raise error if cause is None else cause
+        raise error if cause is None else cause  # noqa: B904
