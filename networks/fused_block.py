@@ -1,4 +1,4 @@
-"""One block of the transformer with its adapters, written out forward and backward.
+"""One block of the transformer with its adapters, written out; backward in `fused_backward`.
 
 Products go through `joint_linear`, what lies between them through `block_ops`, attention through the model's own
 function.
@@ -7,96 +7,18 @@ function.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.attention import RotaryTables
-from library.anima_runtime.attention_passes import Attended, Gradients, attend_backward, attend_forward
-from library.anima_runtime.block_ops import (
-    Gated,
-    Modulation,
-    ModulationSums,
-    Normed,
-    Sum,
-    empty_sums,
-    gated_norm,
-    gated_norm_backward,
-    gelu,
-    gelu_backward,
-    summed,
-)
+from library.anima_runtime.attention_passes import Gradients, attend_forward
+from library.anima_runtime.block_ops import Gated, Normed, Sum, gated_norm, gelu, summed
 from library.anima_runtime.transformer import Block
 from library.anima_runtime.weight_swap import SwappedBlock
 from networks.adapter import Adapter
-from networks.fused_parts import FusedNorm, HeadNormsBackward, Joint, Parts, heads, normed_heads, rows
-
-
-class Given(NamedTuple):
-    """What a block takes beside the residual stream.
-
-    modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added. zero_rows: how many
-    rows of the context are zero and not there.
-    """
-
-    modulations: Sequence[Tensor]
-    context_BSD: Tensor
-    rotary: RotaryTables
-    zero_rows: int
-
-
-class Output(NamedTuple):
-    """What a branch's last Linear gives to the gate, None if not known, and what its LoRA made of the input, if any."""
-
-    branch: Sum | None = None
-    hidden_NR: Tensor | None = None
-
-
-class SelfAttention(NamedTuple):
-    """What the first branch leaves for the backward pass. x: the residual stream before the branch."""
-
-    x_BLD: Tensor
-    normed: Normed
-    qkv: list[Tensor]
-    attended: Attended
-    output: Output = Output()
-
-
-class CrossAttention(NamedTuple):
-    """The same of the second."""
-
-    x_BLD: Tensor
-    normed: Normed
-    q: list[Tensor]
-    context_rows: Tensor
-    kv: list[Tensor]
-    kv_hidden: Tensor | None
-    attended: Attended
-    output: Output = Output()
-
-
-class MLP(NamedTuple):
-    """The same of the third."""
-
-    x_BLD: Tensor
-    normed: Normed
-    wide: list[Tensor]
-    activated: Tensor
-    output: Output = Output()
-
-
-Branch = SelfAttention | CrossAttention | MLP
-
-
-class Tape(Protocol):
-    """Has what the branches leave, from the first to the last, and gives it back from the last to the first."""
-
-    def keep(self, branch: Branch) -> None:
-        """Takes what a branch leaves, all of it known."""
-
-    def take(self, wants_output: bool) -> Any:
-        """What the last branch left that was not yet taken. wants_output: whether `output.branch` must be known."""
+from networks.fused_backward import BackwardPass
+from networks.fused_parts import Parts, heads, normed_heads, rows
+from networks.fused_tape import MLP, Branch, CrossAttention, Given, Output, SelfAttention, Tape
 
 
 class FusedBlock:
@@ -134,7 +56,7 @@ class FusedBlock:
         former = None
         for number in range(3):
             x_BLD, former = self.run(number, x_BLD, former, given, tape)
-        return gated_norm(x_BLD, Gated(former, _parts(given.modulations[2])[1]), None)[0]
+        return gated_norm(x_BLD, Gated(former, given.parts(2)[1]), None)[0]
 
     def backward(
         self, dx_BLD: Tensor, tape: Tape, given: Given, wants_x: bool, wants_modulations: bool, wants_context: bool
@@ -142,7 +64,7 @@ class FusedBlock:
         """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
         if self._swapped is not None:
             self._swapped.enter(backward=True, ends=not wants_x)
-        done = _BackwardPass(self, tape, given, dx_BLD, wants_modulations)
+        done = BackwardPass(self, tape, given, dx_BLD, wants_modulations)
         done.pass_mlp()
         dcontext_BSD = done.pass_cross_attention(wants_context)
         done.pass_self_attention(wants_x or wants_modulations)
@@ -169,9 +91,9 @@ class FusedBlock:
 
     def begin(self, number: int, x_BLD: Tensor, former: Sum | None, given: Given) -> tuple[Tensor, Normed]:
         """The residual stream before a branch, and its norm."""
-        gated = None if former is None else Gated(former, _parts(given.modulations[number - 1])[1])
+        gated = None if former is None else Gated(former, given.parts(number - 1)[1])
         into = (self.qkv, self.q, self.wide)[number].empty_input(x_BLD.shape[0] * x_BLD.shape[1])
-        return gated_norm(x_BLD, gated, _parts(given.modulations[number])[0], into)
+        return gated_norm(x_BLD, gated, given.parts(number)[0], into)
 
     def run_inside(self, number: int, x_BLD: Tensor, normed: Normed, given: Given) -> Branch:
         """A branch from behind its norm to before its last product."""
@@ -209,98 +131,3 @@ class FusedBlock:
             return Output(*self.narrow.forward_late(branch.activated))
         linear = self.self_output if isinstance(branch, SelfAttention) else self.cross_output
         return Output(*linear.forward_late(rows(branch.attended.output)))
-
-
-class _BackwardPass:
-    """A block's backward pass, branch by branch from the last: from behind the branch's gate to the norm before it.
-
-    dx_BLD: the gradient of the residual stream as far as the pass has come, without what comes through the norm reached
-    last: dnormed_ND, the gradient of its result, which the next branch takes along with that norm, `reached`. found:
-    gradients of the parameters of each part. partial_BPSD: sums for gradients of modulations, where they are wanted.
-    """
-
-    def __init__(self, fused: FusedBlock, tape: Tape, given: Given, dx_BLD: Tensor, wants_modulations: bool) -> None:
-        self.fused, self.tape, self.rotary = fused, tape, given.rotary
-        self.shift_scales, self.gates = zip(*map(_parts, given.modulations), strict=True)
-        self.count = dx_BLD.shape[0] * dx_BLD.shape[1]
-        self.dx_BLD = dx_BLD
-        self.dnormed_ND: Tensor | None = None
-        self.reached: tuple[Tensor | None, Normed | None, Modulation | None] = (None, None, None)
-        self.found: dict[Joint | FusedNorm, list[Tensor]] = {}
-        self.wants_modulations = wants_modulations
-        self.partial_BPSD = empty_sums(dx_BLD, slots=9) if wants_modulations else None
-        self.head_norms = HeadNormsBackward(fused.norms, rows(dx_BLD), len(dx_BLD))
-
-    def pass_mlp(self) -> None:
-        """The last branch, which comes first."""
-        fused = self.fused
-        x_BLD, normed, wide, activated, output = self.tape.take(self.wants_modulations)
-        gradients, hidden_NR = self._pass_gate(2, output, fused.narrow), output.hidden_NR
-        del output
-        dactivated, self.found[fused.narrow] = fused.narrow.backward(gradients, activated, hidden_NR, True)
-        del activated, gradients
-        gradients = fused.wide.empty_gradients(self.count)
-        gelu_backward(dactivated, wide[0], gradients[0])
-        del dactivated, wide
-        self.dnormed_ND, self.found[fused.wide] = fused.wide.backward(gradients, normed.normed_ND, None, True)
-        self.reached = x_BLD, normed, self.shift_scales[2]
-
-    def pass_cross_attention(self, wants_context: bool) -> Tensor | None:
-        """Returns the gradient of the context (B, S, context width), if wanted."""
-        fused = self.fused
-        branch = self.tape.take(self.wants_modulations)
-        dq, dk, dv = self._pass_attention(1, branch.attended, branch.output, fused.cross_output)
-        gradients = fused.q.empty_gradients(self.count)
-        self.head_norms.run(2, (dq,), branch.q, None, gradients)
-        self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, branch.normed.normed_ND, None, True)
-        gradients = fused.kv.empty_gradients(len(branch.context_rows))
-        self.head_norms.run(3, (dk, dv), branch.kv[:1], None, gradients)
-        dcontext_NC, self.found[fused.kv] = fused.kv.backward(
-            gradients, branch.context_rows, branch.kv_hidden, wants_context
-        )
-        self.reached = branch.x_BLD, branch.normed, self.shift_scales[1]
-        return None if dcontext_NC is None else dcontext_NC.unflatten(0, (len(self.dx_BLD), -1))
-
-    def pass_self_attention(self, wants_begin: bool) -> None:
-        """wants_begin: whether the gradients of its norm and of the block's x are wanted."""
-        fused = self.fused
-        x_BLD, normed, qkv, attended, output = self.tape.take(self.wants_modulations)
-        dq, dk, dv = self._pass_attention(0, attended, output, fused.self_output)
-        del attended  # before the memory is asked for that is as large
-        gradients = fused.qkv.empty_gradients(self.count)
-        self.head_norms.run(0, (dq, dk, dv), qkv[:2], self.rotary, gradients)
-        del dq, dk, dv, qkv
-        self.dnormed_ND, self.found[fused.qkv] = fused.qkv.backward(gradients, normed.normed_ND, None, wants_begin)
-        self.reached = x_BLD, normed, self.shift_scales[0]
-        if wants_begin:
-            self._pass_norm(None, None, self._sums(0, 0))
-
-    def _pass_gate(self, number: int, output: Output, linear: Joint) -> list[Tensor]:
-        """Passes the norm reached last, if any, and a branch's gate: the gradient of what the branch gave to it."""
-        gradients = linear.empty_gradients(self.count)
-        self._pass_norm(Gated(output.branch, self.gates[number]), gradients[0], self._sums(min(number + 1, 2), number))
-        return gradients
-
-    def _pass_norm(self, gated: Gated | None, dbranch_ND: Tensor | None, sums: ModulationSums | None) -> None:
-        x_BLD, normed, shift_scale = self.reached
-        self.dx_BLD = gated_norm_backward(
-            self.dx_BLD, self.dnormed_ND, self.dx_BLD if x_BLD is None else x_BLD, normed, shift_scale, gated,
-            dbranch_ND, sums,
-        )  # fmt: skip
-        self.dnormed_ND, self.reached = None, (None, None, None)
-
-    def _sums(self, norm: int, gate: int) -> ModulationSums | None:
-        """For shift and scale of one branch, counted from 0, and the gate of another."""
-        return None if self.partial_BPSD is None else ModulationSums(self.partial_BPSD, 3 * norm, 3 * gate + 2)
-
-    def _pass_attention(self, number: int, attended: Attended, output: Output, linear: Joint) -> Gradients:
-        """Passes a branch's gate, its last product and attention: gradients of q, k and v (B, L, heads, D)."""
-        gradients = self._pass_gate(number, output, linear)
-        dattended, self.found[linear] = linear.backward(gradients, rows(attended.output), output.hidden_NR, True)
-        del gradients
-        return attend_backward(attended, dattended)
-
-
-def _parts(modulation_BK: Tensor) -> tuple[Modulation, Tensor]:
-    shift, scale, gate = modulation_BK.chunk(3, dim=1)
-    return Modulation(shift, scale), gate

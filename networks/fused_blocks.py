@@ -18,10 +18,11 @@ from library.anima_runtime.parking import Parking
 from library.anima_runtime.transformer import AnimaTransformer, Block
 from library.anima_runtime.weight_swap import SwappedBlock, WeightSwap
 from networks.adapter import NO_DROPOUT
-from networks.fused_block import FusedBlock, Given, Tape
+from networks.fused_block import FusedBlock
 from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape
 from networks.fused_llm_adapter import FusedLLMAdapter
 from networks.fused_parts import TrainedWeights
+from networks.fused_tape import Given, Tape
 from networks.lokr import LoKr
 from networks.lora import LoRA
 from networks.network import AdapterNetwork

@@ -12,7 +12,8 @@ from library.anima_runtime.attention_passes import Attended, with_inputs, with_m
 from library.anima_runtime.block_ops import Sum
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.parking import Parked, Parking
-from networks.fused_block import MLP, Branch, CrossAttention, FusedBlock, Given, Output, SelfAttention
+from networks.fused_block import FusedBlock
+from networks.fused_tape import MLP, Branch, CrossAttention, Given, Output, SelfAttention
 
 
 class KeepingTape:
