@@ -112,7 +112,6 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     fuses = parks = False
     context_step = _CONTEXT_STEP
-    swap: BlockSwap | None = None
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
@@ -190,7 +189,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
 
     def place_models(self) -> None:
         if self.settings.memory.is_used:
-            self.swap = place_transformer(self.transformer, self.settings.memory, self.device)
+            place_transformer(self.transformer, self.settings.memory, self.device)
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
         return self.vae.encode(pixels_BCHW)
@@ -324,13 +323,15 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def fuse_blocks(self, parks: bool, buckets: int) -> None:
         self.parks = parks
         self.context_step = context_step(buckets, self.settings.model.anima_seq_len)
-        swap = None
-        if self.swap is not None:
-            swap = WeightSwap(self.swap.count, self.device)
-            self.swap.undo()
+        swapped = self.settings.memory.blocks_to_swap
+        swap = WeightSwap(swapped, self.device) if swapped else None
         fuse_blocks(self.transformer, self.network, Parking(self.device) if parks else None, swap)
         self.fuses = True
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
+
+    def keep_modules(self) -> None:
+        if self.settings.memory.blocks_to_swap:
+            BlockSwap(self.transformer, self.settings.memory.blocks_to_swap, self.device)
 
     def compile_obstacle(self) -> str | None:
         if self.fuses:  # trying the compiler takes seconds, for nothing then

@@ -181,6 +181,10 @@ class NetworkTrainer(ABC):
         """Has the blocks computed by own kernels, for pictures of that many shapes."""
 
     @abstractmethod
+    def keep_modules(self) -> None:
+        """Has the blocks computed module by module."""
+
+    @abstractmethod
     def compile_blocks(self, buckets: int) -> None:
         """Has what a step spends its time in compiled, for pictures of that many shapes."""
 
@@ -408,6 +412,8 @@ class NetworkTrainer(ABC):
         parks = self.choose_parking(bool(fuses.value))
         if fuses.value:
             self.fuse_blocks(bool(parks.value), buckets)
+        else:
+            self.keep_modules()
         compiles = choose_compiling(speed, before, device, total_steps, bool(fuses.value), self.compile_obstacle())
         if compiles.value:
             self.compile_blocks(buckets)

@@ -105,6 +105,9 @@ class ToyTrainer(NetworkTrainer):
     def fuse_blocks(self, parks, buckets):
         """It has none."""
 
+    def keep_modules(self):
+        """They are as they are."""
+
     def compile_blocks(self, buckets):
         """It has none."""
 

@@ -65,28 +65,13 @@ class BlockSwap:
         self._swap = WeightSwap(len(blocks), device)
         self._tensors = [[*block.parameters(), *block.buffers()] for block in blocks]
         self._last = -1
-        self._hooks = []
         for number, block in enumerate(blocks):
             for tensor in self._tensors[number]:
                 self._swap.add(number, tensor)
             self._take_back(number)
             # The first module a block runs, whether it is called or computed again in the backward pass.
             first = block.adaln_modulation_self_attn
-            self._hooks.append(first.register_forward_pre_hook(lambda *_, number=number: self._before(number)))
-
-    @property
-    def count(self) -> int:
-        return len(self._tensors)
-
-    def undo(self) -> None:
-        """Gives the blocks their weights in main memory, and lets go of them, and of the places on the device."""
-        for hook in self._hooks:
-            hook.remove()
-        for tensors, homes in zip(self._tensors, self._swap.homes, strict=True):
-            for tensor, home in zip(tensors, homes, strict=True):
-                tensor.data = home
-        for places in (*self._swap.slots, *self._swap.homes):
-            places.clear()
+            first.register_forward_pre_hook(lambda *_, number=number: self._before(number))
 
     def _before(self, number: int) -> None:
         """Has a block's weights in place, and the next one's on their way."""
@@ -106,13 +91,10 @@ class BlockSwap:
             tensor.data = tensor.data.new_empty(0)
 
 
-def place_transformer(
-    transformer: AnimaTransformer, settings: MemorySettings, device: torch.device
-) -> BlockSwap | None:
-    """Brings a transformer that was loaded into main memory to the device, as far as it shall lie there."""
+def place_transformer(transformer: AnimaTransformer, settings: MemorySettings, device: torch.device) -> None:
+    """Brings a transformer from main memory, where it was loaded, to the device, but for blocks that shall be swapped."""
     if settings.fp8_base:
         quantise_blocks(transformer)
-    swap = BlockSwap(transformer, settings.blocks_to_swap, device) if settings.blocks_to_swap else None
     swapped = set(transformer.blocks[len(transformer.blocks) - settings.blocks_to_swap :])
     for name, child in transformer.named_children():
         if name != "blocks":
@@ -120,4 +102,3 @@ def place_transformer(
     for block in transformer.blocks:
         if block not in swapped:
             block.to(device)
-    return swap
