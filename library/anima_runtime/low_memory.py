@@ -92,7 +92,7 @@ class BlockSwap:
 
 
 def place_transformer(transformer: AnimaTransformer, settings: MemorySettings, device: torch.device) -> None:
-    """Brings a transformer from main memory, where it was loaded, to the device, but for blocks that shall be swapped."""
+    """Brings a transformer from main memory, where it was loaded, to the device, but for blocks to be swapped."""
     if settings.fp8_base:
         quantise_blocks(transformer)
     swapped = set(transformer.blocks[len(transformer.blocks) - settings.blocks_to_swap :])
