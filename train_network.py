@@ -56,7 +56,14 @@ from library.training.preflight import (
     tell_trials,
     try_batches,
 )
-from library.training.processes import any_wishes, check_same, gather_lists, prepare_exchange, sum_gradients
+from library.training.processes import (
+    any_wishes,
+    check_same,
+    gather_lists,
+    prepare_exchange,
+    sum_gradients,
+    wait_for_all,
+)
 from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
@@ -322,7 +329,7 @@ class NetworkTrainer(ABC):
         accelerator = self.accelerator
         if accelerator.is_main_process:
             clear_killed_saves(self.settings.saving)
-        self.team.gather([])  # a state may have been put back, which all should find
+        wait_for_all()  # a state may have been put back, which all should find
         plan = Planner(
             self.settings, self.known_problems, self.device, accelerator.num_processes, accelerator.is_main_process,
             self.plan_models, self.model_identity,

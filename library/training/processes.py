@@ -42,7 +42,7 @@ def sum_over_processes(tensors: Sequence[Tensor]) -> None:
     if not distributed.is_initialized():
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    any_wishes(False)  # all are here: those that failed in this step cannot be waited for on the GPU any more
+    wait_for_all()  # those that failed in this step cannot be waited for on the GPU any more
     # So what goes wrong between GPUs is something else, such as two processes on one, and NCCL's own words tell it.
     with _naming_lost_processes() if flat.device.type == "cpu" else nullcontext():
         distributed.all_reduce(flat)
@@ -76,6 +76,11 @@ def any_wishes(wish: bool) -> bool:
     with _naming_lost_processes():
         distributed.all_reduce(wishes)
     return wishes.item() > 0
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come to here; UserError where one has ended."""
+    any_wishes(False)
 
 
 def gather_lists(own: list[Any]) -> list[Any]:
