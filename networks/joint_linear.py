@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from library.anima_runtime.block_ops import Sum, kernels_of
+from library.anima_runtime.block_ops import Sum
+from library.anima_runtime.kernels import kernels_of
 from library.anima_runtime.weight_swap import SwappedBlock
 from networks.joined_weights import joined_weights
 from networks.lora import LoRA

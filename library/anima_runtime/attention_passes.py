@@ -24,7 +24,8 @@ from torch.nn.attention import SDPBackend
 
 from library.anima_runtime.attention import attend
 from library.anima_runtime.attention_backends import AttentionFunction
-from library.anima_runtime.block_ops import add_zero_keys, kernels_of
+from library.anima_runtime.block_ops import add_zero_keys
+from library.anima_runtime.kernels import kernels_of
 
 # A kernel's backward pass is shared out by heads and so many keys. With less than enough such shares for an H200 the
 # queries come in parts, as samples of their own: 74 µs instead of 181 for 4096 queries of 128 keys in 8 parts, 120 for

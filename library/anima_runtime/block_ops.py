@@ -7,10 +7,8 @@ Rows N are the tokens of all samples, one after another. Statistics and sums are
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from library.anima_runtime.attention import RotaryTables
+from library.anima_runtime.kernels import kernels_of
 
 _EPS = 1e-6
 
@@ -269,8 +268,3 @@ def _turn(heads_NHD: Tensor, rotary: RotaryTables, length: int, forwards: bool) 
     sin = sin if forwards else -sin
     first, second = heads_NHD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def kernels_of(subject: str) -> ModuleType:
-    """A module of Triton kernels. Triton is there on CUDA only, and takes a while to import."""
-    return importlib.import_module(f"library.anima_runtime.{subject}_kernels")

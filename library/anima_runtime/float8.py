@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.anima_runtime.block_ops import kernels_of
+from library.anima_runtime.kernels import kernels_of
 
 _LARGEST = 448.0  # of e4m3fn
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from library.anima_runtime.block_ops import kernels_of
+from library.anima_runtime.kernels import kernels_of
 
 # Times the number of an element, and of that the upper half: as good as chance, and the same at each call.
 CHANCE = 2654435761  # 2³² over the golden ratio

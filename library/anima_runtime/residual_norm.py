@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from library.anima_runtime.block_ops import Sum, kernels_of, widened
+from library.anima_runtime.block_ops import Sum, widened
+from library.anima_runtime.kernels import kernels_of
 
 _EPS = 1e-6
 
