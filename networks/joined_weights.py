@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.float8 import Float8Linear, write_out
+from library.anima_runtime.float8 import Float8Linear
 from library.anima_runtime.weight_swap import SwappedBlock
+from library.anima_runtime.writing import write_out
 
 
 class LastingWeights:

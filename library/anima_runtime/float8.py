@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from library.anima_runtime.kernels import kernels_of
-
 _LARGEST = 448.0  # of e4m3fn
 
 
@@ -30,11 +28,11 @@ class _Float8Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, scale_O1: Tensor) -> Tensor:
         ctx.save_for_backward(weight_OI, scale_O1)
-        return F.linear(x, _dequantised(weight_OI, scale_O1, x.dtype))
+        return F.linear(x, dequantised(weight_OI, scale_O1, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        return grad_output @ _dequantised(*ctx.saved_tensors, grad_output.dtype), None, None
+        return grad_output @ dequantised(*ctx.saved_tensors, grad_output.dtype), None, None
 
 
 @torch.no_grad()
@@ -48,19 +46,6 @@ def quantise(linear: nn.Linear) -> None:
     linear.__class__ = Float8Linear
 
 
-def write_out(weight_OI: Tensor, scale_O1: Tensor | None, up_OR: Tensor, down_RI: Tensor) -> Tensor:
-    """[[W, up], [down, 0]] in the dtype of up and down, to which W is rounded once. scale: None for 1."""
-    (out_width, in_width), ranks = weight_OI.shape, len(down_RI)
-    if weight_OI.is_cuda:
-        whole = down_RI.new_empty(out_width + ranks, in_width + ranks)
-        kernels_of("float8").write_out(weight_OI, scale_O1, up_OR, down_RI, whole)
-        return whole
-    whole = down_RI.new_zeros(out_width + ranks, in_width + ranks)
-    whole[:out_width, :in_width] = weight_OI if scale_O1 is None else _dequantised(weight_OI, scale_O1, whole.dtype)
-    whole[:out_width, in_width:] = up_OR
-    whole[out_width:, :in_width] = down_RI
-    return whole
-
-
-def _dequantised(weight_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantised(weight_OI: Tensor, scale_O1: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights that the numbers stand for, rounded once."""
     return (weight_OI.to(torch.promote_types(dtype, torch.float32)) * scale_O1).to(dtype)

@@ -25,12 +25,12 @@ from triton.runtime.jit import JITFunction
 from library.anima_runtime import (
     block_kernels,
     few_keys_kernels,
-    float8_kernels,
     head_kernels,
     low_rank_kernels,
     mixing_kernels,
     norm_kernels,
     residual_norm_kernels,
+    writing_kernels,
 )
 from library.anima_runtime.block_ops import Gated, Modulation, ModulationSums, Normed, Sum
 from library.anima_runtime.residual_norm import RootNormed
@@ -132,7 +132,7 @@ def run_rest() -> None:
     float8 = torch.empty(4 * WIDTH, WIDTH, dtype=torch.float8_e4m3fn, device="meta")
     beside = bf16(4 * WIDTH, 16), bf16(16, WIDTH)
     for weight, scale in ((float8, fp32(4 * WIDTH, 1)), (bf16(4 * WIDTH, WIDTH), None)):
-        float8_kernels.write_out(weight, scale, *beside, bf16(4 * WIDTH + 16, WIDTH + 16))
+        writing_kernels.write_out(weight, scale, *beside, bf16(4 * WIDTH + 16, WIDTH + 16))
     mixing_kernels.mix(bf16(3, 8, 8), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256), bf16(3, ROWS, 8, 256))
 
 

@@ -1,4 +1,4 @@
-"""A Triton kernel of `float8`: weights, which may have 8 bits, written out for a product. Imported on CUDA only."""
+"""A Triton kernel of `writing`: weights, which may have 8 bits, written out for a product. Imported on CUDA only."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _write_out(
 
 
 def write_out(weight_OI: Tensor, scale_O1: Tensor | None, up_OR: Tensor, down_RI: Tensor, whole: Tensor) -> None:
-    """See `float8.write_out`."""
+    """See `writing.write_out`."""
     (out_width, in_width), ranks = weight_OI.shape, len(down_RI)
     values_OI = weight_OI if scale_O1 is None else weight_OI.view(torch.uint8)
     programs = triton.cdiv(len(whole), LAUNCH["ROWS"]) * triton.cdiv(in_width + ranks, LAUNCH["COLUMNS"])
