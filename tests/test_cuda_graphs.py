@@ -1,10 +1,12 @@
 """What a failed recording leaves and tells, without a GPU: what records is replaced."""
 
 from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 
+from library import cuda_graphs
 from library.cuda_graphs import recording
 
 
@@ -49,6 +51,27 @@ def test_other_errors_are_told_as_torch_tells_them(streams):
     with pytest.raises(RuntimeError, match="unjoined work"):
         fail(RuntimeError("operation not permitted"), True)
     assert streams == ["own"]
+
+
+def test_work_is_recorded_when_it_has_run_before(streams, monkeypatch):
+    runs, stream = [], MagicMock()
+
+    @contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        runs.append("records")
+        yield
+
+    for name in ("CUDAGraph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "current_stream", MagicMock())
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def work():
+        runs.append("runs")
+        return len(runs)
+
+    assert cuda_graphs.recorded(work, stream)[1] == 4
+    assert runs == ["runs", "runs", "records", "runs"]
 
 
 def test_what_succeeds_is_left_alone(streams):

@@ -9,12 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from library.cuda_graphs import recording
+from library.cuda_graphs import first_line, recorded
 
 logger = logging.getLogger(__name__)
-
-# Runs before a recording, in which compilers and libraries settle on their kernels and workspaces.
-_WARM_UPS = 2
 
 
 class _Recording(NamedTuple):
@@ -47,7 +44,7 @@ class RecordedForward:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what CUDA and torch raise for work that cannot be recorded
-                logger.warning("cuda_graphs: pictures are rendered without: %s", str(error).strip().partition("\n")[0])
+                logger.warning("cuda_graphs: pictures are rendered without: %s", first_line(error))
                 self._works = False
                 return self._function(*tensors)
         recording = self._recordings[shapes]
@@ -58,13 +55,5 @@ class RecordedForward:
 
     def _record(self, tensors: tuple[Tensor, ...]) -> _Recording:
         inputs = tuple(tensor.clone() for tensor in tensors)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with recording(graph):
-            output = self._function(*inputs)
+        graph, output = recorded(lambda: self._function(*inputs), torch.cuda.Stream())
         return _Recording(graph, inputs, output)

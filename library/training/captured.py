@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from library.cuda_graphs import recording
+from library.cuda_graphs import first_line, recorded
 from library.training.gradient_sums import add_gradients
 
 logger = logging.getLogger(__name__)
 
-# Runs before a capture, in which compilers and libraries settle on their kernels and workspaces.
-_WARM_UPS = 2
 # Each graph keeps its kernels' descriptions in GPU memory; shapes beyond these run without one.
 MOST_GRAPHS = 64
 
@@ -66,9 +64,7 @@ class CapturedBackward:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # what CUDA and torch raise for work that cannot be recorded
-                logger.warning(
-                    "cuda_graphs: this step cannot be recorded, so steps run without: %s", _first_line(error)
-                )
+                logger.warning("cuda_graphs: this step cannot be recorded, so steps run without: %s", first_line(error))
                 self._works = False
             if len(self._graphs) == MOST_GRAPHS:
                 logger.warning(
@@ -89,14 +85,7 @@ class CapturedBackward:
         static = type(inputs)(*(tensor.clone() for tensor in inputs))
         share = torch.zeros((), device=inputs[0].device)  # so that warming up adds nothing
         random = torch.cuda.get_rng_state()
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for _ in range(_WARM_UPS):
-                self._accumulate(static, share)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        with recording(graph, pool=self._pool, stream=self._stream):
-            losses = self._accumulate(static, share)
+        graph, losses = recorded(lambda: self._accumulate(static, share), self._stream, self._pool)
         torch.cuda.set_rng_state(random)  # the first replay draws what any other would
         return _Captured(graph, static, share, losses)
 
@@ -104,7 +93,3 @@ class CapturedBackward:
         losses = self._losses(inputs)
         add_gradients(losses.sum() * share, self._parameters)
         return losses.detach()
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().partition("\n")[0]
