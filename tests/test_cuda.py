@@ -23,8 +23,8 @@ from library.training.optimizers import OptimizerSettings, make_optimizer
 from library.training.run import RunSettings
 from library.training.speed import SpeedSettings
 from networks import loha_anima, lokr_anima, lora_anima
+from tools.anima_shapes import REAL, transformer_shapes
 from tools.benchmark_cases import COMPILED, EAGER, LOKR, LORA, Case, endless_batches, ready_trainer
-from tools.make_tiny_anima import REAL, transformer_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

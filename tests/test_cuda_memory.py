@@ -23,8 +23,8 @@ from library.training.run import RunSettings
 from library.training.speed import SpeedSettings
 from networks.settings import NetworkSettings
 from tests.test_cuda_running import SIDES, made, train
+from tools.anima_shapes import REAL, transformer_shapes
 from tools.benchmark_cases import EAGER, LORA_BLOCKS
-from tools.make_tiny_anima import REAL, transformer_shapes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -22,9 +22,9 @@ from library.training.host_copy import HostCopy, reserve_host_memory
 from library.training.speed import SpeedSettings
 from library.training.states import copy_state, load_state, write_state
 from tests.training_runs import TrainingRun, read_records, tensor_bytes
+from tools.anima_shapes import REAL, transformer_shapes
 from tools.benchmark_cases import EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer
 from tools.benchmark_running import main as benchmark_running
-from tools.make_tiny_anima import REAL, transformer_shapes
 from train_network import NetworkTrainer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -30,10 +30,11 @@ from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokeni
 from library.console import show
 from library.data.dataset import TrainingBatches
 from library.data.pictures import Picture
+from tools.anima_shapes import REAL, TINY, Sizes, transformer_shapes
 from tools.benchmark_cases import EAGER, RECORDED, BenchmarkTrainer, Case, ready_trainer
 from tools.benchmark_pictures import drawn_pictures
 from tools.gpu_measures import synchronize
-from tools.make_tiny_anima import REAL, TINY, Sizes, qwen3_config, transformer_shapes
+from tools.make_tiny_anima import qwen3_config
 from tools.tiny_tokenizers import write_qwen_tokenizer, write_t5_tokenizer
 
 VARIANTS = 8

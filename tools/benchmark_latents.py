@@ -28,9 +28,9 @@ from library.console import show
 from library.data.augment import Variant, load_variant
 from library.data.latent_files import LatentFiles
 from library.data.latents import cache_latents_to_disk
+from tools.anima_shapes import REAL, TINY, Sizes
 from tools.benchmark_pictures import drawn_pictures
 from tools.gpu_measures import synchronize, used_memory
-from tools.make_tiny_anima import REAL, TINY, Sizes
 
 
 def measure_latents(folder: Path, count: int, side: int, sizes: Sizes, device: torch.device) -> list[dict[str, Any]]:

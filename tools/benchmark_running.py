@@ -43,9 +43,9 @@ from library.training.saver import Saver
 from library.training.saving import NO_FILES
 from library.training.step_records import StepRecord, StepRecords
 from networks.setup import import_network_module
+from tools.anima_shapes import REAL, TINY, transformer_shapes
 from tools.benchmark_cases import CASES, EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer
 from tools.gpu_measures import synchronize
-from tools.make_tiny_anima import REAL, TINY, transformer_shapes
 
 # The run begins shortly before the only step that is saved, so that the whole of its writing falls into the time taken.
 _SAVED_STEP, _FIRST_STEP = 100, 90

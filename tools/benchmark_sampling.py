@@ -30,9 +30,9 @@ from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.sampling import denoise
 from library.console import show
 from library.training.speed import SpeedSettings
+from tools.anima_shapes import REAL, TINY, transformer_shapes
 from tools.benchmark_cases import COMPILED, EAGER, FUSED, BenchmarkTrainer, Case, forward_teraflops, ready_trainer
 from tools.gpu_measures import ceilings, synchronize, used_memory
-from tools.make_tiny_anima import REAL, TINY, transformer_shapes
 
 
 @dataclass(frozen=True)

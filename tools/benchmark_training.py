@@ -40,6 +40,7 @@ from library.console import show
 from library.plots import save_line_plot
 from library.training.processes import join_group
 from library.training.speed import MOST_FIXED_SHAPES
+from tools.anima_shapes import REAL, TINY, transformer_shapes
 from tools.benchmark_cases import (
     CASES,
     EAGER,
@@ -52,7 +53,6 @@ from tools.benchmark_cases import (
 )
 from tools.gpu_measures import ceilings, synchronize, used_memory
 from tools.kernel_profile import profile_step
-from tools.make_tiny_anima import REAL, TINY, transformer_shapes
 
 
 def benchmark(

@@ -13,7 +13,7 @@ from library.anima_runtime.weight_swap import WeightSwap
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.fused_blocks import FusedBlocks, fuse_blocks, fuse_obstacle
 from networks.network import AdapterNetwork
-from tools.make_tiny_anima import TINY, transformer_shapes
+from tools.anima_shapes import TINY, transformer_shapes
 
 CPU = torch.device("cpu")
 CONFIG = AnimaConfig.from_shapes(transformer_shapes(TINY, 100))

@@ -13,7 +13,7 @@ from networks import joint_linear, lokr_anima, lora_anima
 from networks.fused_blocks import fuse_blocks
 from networks.fused_llm_adapter import FusedLLMAdapter
 from networks.network import AdapterNetwork
-from tools.make_tiny_anima import TINY, transformer_shapes
+from tools.anima_shapes import TINY, transformer_shapes
 
 _TINY = AnimaConfig.from_shapes(transformer_shapes(TINY, 50))
 # Another width than the context's, so that none stands in for the other.

@@ -11,10 +11,10 @@ import torch
 
 import tools.benchmark_training as benchmark_training
 from library.anima_runtime.config import AnimaConfig
+from tools.anima_shapes import REAL, transformer_shapes
 from tools.benchmark_cases import CASES, MIXED, forward_teraflops, step_teraflops
 from tools.benchmark_training import against_ceiling, interpolated, main
 from tools.gpu_measures import used_memory
-from tools.make_tiny_anima import REAL, transformer_shapes
 
 SHORT = ["--tiny", "--steps", "2", "--warm_up", "1"]
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from networks.adapter_files import load_adapter_file
 from networks.comfyui_reader import read_as_comfyui
+from tools.anima_shapes import TINY, transformer_shapes
 from tools.extract_adapter import main
-from tools.make_tiny_anima import TINY, random_weights, transformer_shapes
+from tools.make_tiny_anima import random_weights
 
 Q, MLP, NORM = "blocks.1.self_attn.q_proj", "llm_adapter.blocks.0.mlp.0", "blocks.0.cross_attn.k_norm"
 MODULES = {

@@ -13,8 +13,8 @@ from library.anima_runtime.config import AnimaConfig
 from library.training.flat_adamw import FlatAdamW
 from library.training.optimizer_states import load_optimizer, optimizer_content
 from library.training.optimizers import OptimizerSettings, make_optimizer
+from tools.anima_shapes import TINY, transformer_shapes
 from tools.benchmark_cases import EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer
-from tools.make_tiny_anima import TINY, transformer_shapes
 
 # Whole vectors of torch's CPU kernel, which rounds the rest of a tensor otherwise; the second needs padding.
 SHAPES = [(16, 64), (16,), (64, 4), (2, 16), (128,)]
