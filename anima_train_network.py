@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.logging import disable_progress_bar
 
 from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.block_ops import kernel_obstacle
@@ -24,23 +23,13 @@ from library.anima_runtime.low_memory import BlockSwap, check_swap, place_transf
 from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
-from library.anima_runtime.qwen3 import load_qwen3, plan_qwen3
 from library.anima_runtime.recorded import RecordedForward
-from library.anima_runtime.sampling import render
 from library.anima_runtime.text_cache import TextCache
 from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, TextEncoder, pad_captions
 from library.anima_runtime.timestep_plot import save_timestep_histogram
 from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift, timestep_at
-from library.anima_runtime.tokenizers import (
-    check_tokenizer,
-    load_qwen_tokenizer,
-    load_t5_tokenizer,
-    plan_qwen_tokenizer,
-    plan_t5_tokenizer,
-    provide_tokenizer,
-)
+from library.anima_runtime.tokenizer_plans import check_tokenizer, plan_qwen_tokenizer, plan_t5_tokenizer
 from library.anima_runtime.transformer import AnimaTransformer
-from library.anima_runtime.vae import check_vae_file, load_vae
 from library.anima_runtime.weight_swap import WeightSwap
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
@@ -114,6 +103,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
     context_step = _CONTEXT_STEP
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
+        from library.anima_runtime.qwen3 import plan_qwen3
+        from library.anima_runtime.vae import check_vae_file
+
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
             return problems.attempt(function, path, *others) if path is not None and path.exists() else None
 
@@ -167,15 +159,17 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return path is not None or shows_schedule
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
+        from library.anima_runtime.qwen3 import load_qwen3
+        from library.anima_runtime.tokenizers import provide_qwen_tokenizer, provide_t5_tokenizer
+        from library.anima_runtime.vae import load_vae
+
         model = self.settings.model
         # Qwen3's activations are not known to stay within fp16.
         text_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         # Tokenizers first: their download may fail, and the models take longer.
         tokenizers = (
-            load_qwen_tokenizer(provide_tokenizer(self.qwen_tokenizer)),
-            load_t5_tokenizer(
-                provide_tokenizer(self.t5_tokenizer), self.settings.tokenizers.t5_tokenizer_validate_strict
-            ),
+            provide_qwen_tokenizer(self.qwen_tokenizer),
+            provide_t5_tokenizer(self.t5_tokenizer, self.settings.tokenizers.t5_tokenizer_validate_strict),
         )
         self.text_encoder = TextEncoder(load_qwen3(model.qwen, text_dtype, self.device), *tokenizers)
         self.vae = load_vae(model.vae, torch.float32 if model.no_half_vae else self.dtype, self.device)
@@ -369,6 +363,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return self.transformer.encode_context(*text, min_length=0)
 
     def render_samples(self) -> list[SamplePicture]:
+        from library.anima_runtime.sampling import render
+
         self.vae.to(self.device)
         min_length = self.settings.model.anima_seq_len
         # Recorded anew each time, as the adapter may lie elsewhere by then, or be left out.
@@ -432,7 +428,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_with_launcher()
     accelerator = make_accelerator()
     show_log_messages(accelerator.is_main_process)
-    disable_progress_bar()  # transformers' own, for the second that Qwen3 takes to load
     words = sys.argv[1:] if arguments is None else arguments
     try:
         if answers_instead(words, accelerator.is_main_process):

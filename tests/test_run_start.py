@@ -6,6 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from anima_train_network import main
+from library.anima_runtime import vae
 
 # So low that the weights stay as they are: a step's loss then follows from its pictures and noise alone.
 STILL = {"learning_rate": 1e-12, "log_with": "none"}
@@ -36,16 +37,14 @@ def test_without_the_skip_the_epoch_starts_anew(config, losses):
 
 
 def test_a_vae_in_fp32_beside_a_half_precision_model(config, monkeypatch):
-    import anima_train_network
-
     dtypes = []
-    load_vae = anima_train_network.load_vae
+    load_vae = vae.load_vae
 
     def recorded(path, dtype, device):
         dtypes.append(str(dtype))
         return load_vae(path, dtype, device)
 
-    monkeypatch.setattr(anima_train_network, "load_vae", recorded)
+    monkeypatch.setattr(vae, "load_vae", recorded)
     for no_half_vae in (True, False):
         assert main(config(max_train_steps=1, no_half_vae=no_half_vae, full_bf16=True)) == 0
     assert dtypes == ["torch.float32", "torch.bfloat16"]

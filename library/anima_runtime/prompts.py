@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.anima_runtime.samplers import SAMPLERS
+from library.anima_runtime.sample_settings import SAMPLERS
 from library.errors import SettingError, did_you_mean
 
 if sys.version_info >= (3, 11):

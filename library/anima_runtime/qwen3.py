@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.utils.logging import disable_progress_bar
 
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import list_misfits, load_into, match_tensors, read_header
@@ -104,6 +105,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> Qwen3Model:
     _check_folder(folder)
+    disable_progress_bar()  # of the second that this takes
     try:
         model, found = Qwen3Model.from_pretrained(
             folder,

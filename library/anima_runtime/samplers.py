@@ -14,19 +14,6 @@ from diffusers import (
 )
 from torch import Tensor
 
-# The names that settings may use, ComfyUI's and Kohya's, and ComfyUI's name of each. Of a flow, ddim is euler.
-SAMPLERS = {
-    "euler": "euler",
-    "k_euler": "euler",
-    "ddim": "euler",
-    "euler_ancestral": "euler_ancestral",
-    "euler_a": "euler_ancestral",
-    "k_euler_a": "euler_ancestral",
-    "heun": "heun",
-    "dpmpp_2m": "dpmpp_2m",
-    "dpmsolver++": "dpmpp_2m",
-    "uni_pc": "uni_pc",
-}
 # A signal-to-noise ratio of 0, at sigma 1, has no logarithm, which the multistep samplers take.
 _GREATEST_SIGMA = 1 - 1e-6
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,36 +11,13 @@ from PIL import Image
 from torch import nn
 
 from library.anima_runtime.prompts import PromptRequest
-from library.anima_runtime.samplers import SAMPLERS, make_sampler
+from library.anima_runtime.samplers import make_sampler
 from library.anima_runtime.text_encoding import CaptionEncoder, pad_captions
 from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.vae import AnimaVAE
-from library.options import option
 
 # As AnimaTransformer is called: latents_BCTHW, timesteps_B, context_BSD -> velocity_BCTHW.
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """Pictures rendered during training."""
-
-    sample_prompts: Path | None = option(
-        None,
-        "File of prompts: text with one a line, 'prompt --w 1024 --h 1024 --d seed --s steps --l cfg --n negative', or "
-        ".toml or .json; see docs/samples.md.",
-    )
-    sample_every_n_steps: int | None = option(
-        None, "Render the prompts every so many optimizer steps.", zero_is_unset=True
-    )
-    sample_every_n_epochs: int | None = option(None, "Render the prompts every so many epochs.", zero_is_unset=True)
-    sample_at_first: bool = option(False, "Render the prompts before the first step as well, to compare with.")
-    sample_sampler: str = option(
-        "euler",
-        "Sampler of prompts that name none, as ComfyUI calls it, or Kohya. euler shows best what was "
-        "learned; the others need fewer steps or vary more.",
-        choices=tuple(SAMPLERS),
-    )
 
 
 @torch.no_grad()

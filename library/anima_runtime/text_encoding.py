@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, Qwen3Model
 
 from library.anima_runtime.devices import to_device
 from library.anima_runtime.lending import lent_to
 from library.errors import ModelFileError
 from library.tensor_cache import cache_key, identity_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, Qwen3Model
 
 # The one form in which captions run through frozen weights: always 8 in a batch, padded to a multiple of 64 tokens.
 # A product's rounding depends on its shape, so with shapes that follow from the caption alone its result is the same,

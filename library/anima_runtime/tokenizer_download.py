@@ -19,6 +19,7 @@ import sentencepiece
 from filelock import FileLock
 from huggingface_hub import constants, get_token
 
+from library.anima_runtime.tokenizer_plans import TokenizerFiles, TokenizerPlan
 from library.anima_runtime.tokenizer_sources import (
     HUGGING_FACE,
     HubFolder,
@@ -36,58 +37,44 @@ _CHUNK_BYTES = 4096
 
 
 @dataclass(frozen=True)
-class TokenizerFiles:
-    """Which files make a tokenizer.
+class Proof:
+    """What downloaded files must stand.
 
-    needed: what a folder must hold; instead: other files that do as well. optional: downloaded where a hub has them.
-    check: raises ModelFileError where a folder's files are not this tokenizer.
+    check: raises ModelFileError where a folder's files are not the tokenizer asked for.
     complete: makes needed files that a hub lacks from those it has, as far as that is possible.
     """
 
-    what: str
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
     check: Callable[[Path], object]
     complete: Callable[[Path], None]
-    instead: tuple[str, ...] = ()
-
-    def missing_in(self, folder: Path) -> list[str]:
-        """The needed files that a folder lacks."""
-        if self.instead and all((folder / name).is_file() for name in self.instead):
-            return []
-        return [name for name in self.needed if not (folder / name).is_file()]
 
 
 class _DownloadError(Exception):
     """Why a place could not be read."""
 
 
-def is_offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids downloads."""
-    return constants.HF_HUB_OFFLINE
-
-
-def download_missing(files: TokenizerFiles, sources: Sequence[HubFolder], folder: Path) -> None:
-    """Fills `folder` with the files it lacks, from the first source that has them all; what lies there is kept.
+def download_missing(plan: TokenizerPlan, proof: Proof) -> None:
+    """Fills the plan's folder with the files it lacks, of the first source that has them all; what lies there is kept.
 
     One process downloads while others that ask for the same folder wait for it. Each file appears complete or not at
     all. Raises ModelFileError with the reason of every source, or when the folder cannot be written.
     """
+    files, folder = plan.files, plan.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".download.lock"):
             if files.missing_in(folder):
-                _fill(files, sources, folder)
+                _fill(plan, proof)
     except OSError as error:
         raise ModelFileError(f"{folder}: cannot be filled with the {files.what}: {error}") from error
 
 
-def _fill(files: TokenizerFiles, sources: Sequence[HubFolder], folder: Path) -> None:
+def _fill(plan: TokenizerPlan, proof: Proof) -> None:
+    files, folder = plan.files, plan.folder
     with tempfile.TemporaryDirectory() as scratch:
-        fetched = _fetch_first(files, sources, Path(scratch), folder)
+        fetched = _fetch_first(plan, proof, Path(scratch))
         kept = [name for name in (*files.needed, *files.optional) if (folder / name).is_file()]
         if kept:
-            _check_together(files, fetched, folder, kept)
+            _check_together(plan, proof, fetched, kept)
         # What is needed comes last: who sees it all in place may read the folder without the lock.
         for file in sorted(fetched.iterdir(), key=lambda file: (file.name in files.needed, file.name)):
             if file.name not in kept:
@@ -95,31 +82,31 @@ def _fill(files: TokenizerFiles, sources: Sequence[HubFolder], folder: Path) -> 
     logger.info("the %s is now in %s", files.what, folder)
 
 
-def _check_together(files: TokenizerFiles, fetched: Path, folder: Path, kept: Sequence[str]) -> None:
+def _check_together(plan: TokenizerPlan, proof: Proof, fetched: Path, kept: Sequence[str]) -> None:
     """Puts the kept files over the fetched ones; ModelFileError where they make no tokenizer together."""
     for name in kept:
-        shutil.copyfile(folder / name, fetched / name)
+        shutil.copyfile(plan.folder / name, fetched / name)
     try:
-        files.check(fetched)
+        proof.check(fetched)
     except ModelFileError as error:
         raise ModelFileError(
-            f"{folder}: its {', '.join(kept)} do not go with the {files.what}, so that nothing was added; give "
-            f"another folder or remove them. {str(error).removeprefix(f'{fetched}: ')}"
+            f"{plan.folder}: its {', '.join(kept)} do not go with the {plan.files.what}, so that nothing was added; "
+            f"give another folder or remove them. {str(error).removeprefix(f'{fetched}: ')}"
         ) from error
 
 
-def _fetch_first(files: TokenizerFiles, sources: Sequence[HubFolder], scratch: Path, folder: Path) -> Path:
+def _fetch_first(plan: TokenizerPlan, proof: Proof, scratch: Path) -> Path:
     """The scratch folder with the files of the first place that has them, or else with what could be completed."""
-    reasons: list[str] = []
+    files, reasons = plan.files, list[str]()
     incomplete: list[tuple[HubFolder, Path]] = []
-    for source in sources:
+    for source in plan.sources:
         for place in source.places():
             logger.info("downloading the %s from %s", files.what, place)
             attempt = scratch / str(len(reasons))
             try:
                 missing = _fetch(place, files, attempt)
                 if not missing:
-                    files.check(attempt)
+                    proof.check(attempt)
                     return attempt
             except (_DownloadError, ModelFileError) as error:
                 reasons.append(f"{place}: {str(error).removeprefix(f'{attempt}: ')}")
@@ -129,21 +116,22 @@ def _fetch_first(files: TokenizerFiles, sources: Sequence[HubFolder], scratch: P
             logger.info("%s", reasons[-1])
             incomplete.append((place, attempt))
     for place, attempt in incomplete:
-        if _complete(files, attempt, place):
+        if _complete(files, proof, attempt, place):
             return attempt
+    missing = ", ".join(files.missing_in(plan.folder))
     raise ModelFileError(
-        f"{folder}: the {files.what} lacks {', '.join(files.missing_in(folder))}, and could not be downloaded:\n  "
+        f"{plan.folder}: the {files.what} lacks {missing}, and could not be downloaded:\n  "
         + "\n  ".join(reasons)
         + "\nPut the files there by hand, or try again; HF_ENDPOINT names a mirror of Hugging Face."
     )
 
 
-def _complete(files: TokenizerFiles, folder: Path, place: HubFolder) -> bool:
+def _complete(files: TokenizerFiles, proof: Proof, folder: Path, place: HubFolder) -> bool:
     """Makes what a place lacks from what it has; False where that is not enough."""
     missing = files.missing_in(folder)
     try:
-        files.complete(folder)
-        files.check(folder)
+        proof.complete(folder)
+        proof.check(folder)
     except ModelFileError:
         return False
     logger.warning("made %s of the %s from what %s has", " and ".join(missing), files.what, place)

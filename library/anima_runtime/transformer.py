@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -210,7 +209,7 @@ class AnimaTransformer(nn.Module):
         time_BD = self.t_embedding_norm(sinusoid_BD).to(dtype)
         rotary = grid_rotary_tables(self._grid(latents_BCTHW.shape), self.config.head_size, latents_BCTHW.device)
         x_BLD = self.x_embedder(latents_BCTHW.to(dtype)).to(residual_dtype(dtype))
-        if self.lengths_vary:
+        if self.lengths_vary:  # blocks are compiled; torch._dynamo, seconds of importing, is there for that
             torch._dynamo.maybe_mark_dynamic(x_BLD, 1)
             for table_LK in rotary:
                 torch._dynamo.maybe_mark_dynamic(table_LK, 0)

@@ -12,7 +12,7 @@ from typing import Any
 from library.anima_runtime.losses import LossSettings
 from library.anima_runtime.low_memory import MemorySettings
 from library.anima_runtime.noise import NoiseSettings
-from library.anima_runtime.sampling import SampleSettings
+from library.anima_runtime.sample_settings import SampleSettings
 from library.anima_runtime.settings import ModelSettings
 from library.anima_runtime.timesteps import TimestepSettings
 from library.anima_runtime.tokenizer_sources import TokenizerSettings

@@ -78,6 +78,12 @@ def find_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], Mapping[str,
     return cls, {}
 
 
+def is_adafactor(cls: type) -> bool:
+    """Whether it is transformers' Adafactor; told by its name, as importing transformers takes seconds."""
+    named = _NAMED["AdaFactor"]
+    return any((base.__module__, base.__name__) == (named.module, named.class_name) for base in cls.__mro__)
+
+
 def _of_torch(name: str) -> type[torch.optim.Optimizer]:
     classes = {
         each.lower(): value

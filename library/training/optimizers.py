@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Adafactor
 
 from library.errors import SettingError
 from library.options import option, split_arguments
 from library.training.flat_adamw import FlatAdamW
-from library.training.optimizer_names import OPTIMIZER_NAMES, find_optimizer
+from library.training.optimizer_names import OPTIMIZER_NAMES, find_optimizer, is_adafactor
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def make_optimizer(
         cls = FlatAdamW
     groups = [dict(group) for group in parameter_groups]
     rates = [group.get("lr", settings.learning_rate) for group in groups]
-    relative_step = issubclass(cls, Adafactor) and arguments.get("relative_step", True)
+    relative_step = is_adafactor(cls) and arguments.get("relative_step", True)
     if relative_step:  # Adafactor refuses rates that it would not use
         for group in groups:
             group.pop("lr", None)
@@ -180,7 +179,7 @@ def finds_own_rate(optimizer: torch.optim.Optimizer) -> bool:
 
 def sets_own_rate(optimizer: torch.optim.Optimizer) -> bool:
     """Whether learning_rate and its schedule are not used at all: Adafactor with relative_step, its default."""
-    return isinstance(optimizer, Adafactor) and optimizer.param_groups[0]["relative_step"]
+    return is_adafactor(type(optimizer)) and optimizer.param_groups[0]["relative_step"]
 
 
 @contextmanager
@@ -215,7 +214,7 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     return rates
 
 
-def _own_rate(optimizer: Adafactor, group: Mapping[str, Any]) -> float | torch.Tensor:
+def _own_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | torch.Tensor:
     """Adafactor's rate, which differs by tensor, for the group's first that has been trained."""
     states = (optimizer.state[parameter] for parameter in group["params"])
     return next((optimizer._get_lr(group, state) for state in states if state), 0.0)

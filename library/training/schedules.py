@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-from transformers.trainer_utils import SchedulerType
 
 from library.errors import SettingError
 from library.options import option
@@ -100,7 +98,7 @@ def make_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, 
     Raises SettingError where it cannot be made with its arguments and this learning rate.
     """
     if sets_own_rate(optimizer):
-        return LambdaLR(optimizer, _unchanged)
+        return _constant(optimizer)
     if settings.lr_scheduler_type is None:
         make, arguments = _named_schedule(settings, total_steps)
     else:
@@ -115,16 +113,18 @@ def make_schedule(settings: ScheduleSettings, optimizer: torch.optim.Optimizer, 
 
 
 def _named_schedule(settings: ScheduleSettings, total_steps: int) -> tuple[Callable[..., LRScheduler], dict[str, Any]]:
-    """transformers' function for lr_scheduler, and what of the settings it takes."""
+    """The function for lr_scheduler, transformers' but for constant, and what of the settings it takes."""
     name, cycles = settings.lr_scheduler, settings.lr_scheduler_num_cycles
     warmup = warmup_steps(settings, total_steps)
-    if name == "constant" and warmup:
+    if name == "constant":
+        if not warmup:
+            return _constant, {}
         name = "constant_with_warmup"
     if name == "cosine_with_restarts":
         waves = 1 if cycles is None else cycles
     else:
         waves = 0.5 if cycles in (None, 1) else cycles
-    make = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    make = _of_transformers(name)
     arguments = {
         "num_warmup_steps": warmup,
         "num_decay_steps": decay_steps(settings, total_steps),
@@ -176,8 +176,14 @@ def chosen(settings: ScheduleSettings) -> tuple[str, str]:
     return "lr_scheduler", settings.lr_scheduler
 
 
-def _unchanged(step: int) -> float:
-    return 1.0
+def _of_transformers(name: str) -> Callable[..., LRScheduler]:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION  # 2 to 5 s, of which `constant` needs nothing
+
+    return {kind.value: make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}[name]
+
+
+def _constant(optimizer: torch.optim.Optimizer) -> LRScheduler:
+    return LambdaLR(optimizer, lambda _: 1.0)
 
 
 def schedule_curves(

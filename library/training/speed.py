@@ -1,4 +1,8 @@
-"""How the step is run: plainly, compiled, or captured, and what of that works here; see `library.training.choices`."""
+"""How the step is run: plainly, compiled, or captured, and what of that works here; see `library.training.choices`.
+
+torch brings torch._dynamo and torch._inductor when they are first asked for. Importing them here would take seconds of
+runs that compile nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from library.options import option
 
@@ -84,7 +85,7 @@ def compile_modules(modules: Iterable[nn.Module], shapes_vary: bool) -> None:
     torch._dynamo.config.recompile_limit = _COMPILED_FORMS
     torch._dynamo.config.accumulated_recompile_limit = 4 * _COMPILED_FORMS
     options = {}
-    if hasattr(torch._inductor.config.triton, "mix_order_reduction"):
+    if "triton.mix_order_reduction" in torch._inductor.list_options():
         # With it torch 2.11 computes wrong gradients of norm weights: 66 for 0.14, or NaN (H200, 4096 tokens).
         options["triton.mix_order_reduction"] = False
     for module in modules:
@@ -100,7 +101,7 @@ def or_uncompiled(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
-        except TorchDynamoException as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             logger.warning("torch_compile is off from here on, as the model turns out not to compile: %s", reason)
         torch.compiler.set_stance("force_eager")

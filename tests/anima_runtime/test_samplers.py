@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from library.anima_runtime.samplers import SAMPLERS, make_sampler, simple_sigmas
+from library.anima_runtime.sample_settings import SAMPLERS
+from library.anima_runtime.samplers import make_sampler, simple_sigmas
 
 NAMES = sorted(set(SAMPLERS.values()))
 DETERMINISTIC = [name for name in NAMES if name != "euler_ancestral"]

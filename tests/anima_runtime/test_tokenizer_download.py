@@ -15,14 +15,13 @@ from huggingface_hub import constants
 
 from anima_train_network import main
 from library.anima_runtime import tokenizer_download
+from library.anima_runtime.tokenizer_plans import check_tokenizer, plan_qwen_tokenizer, plan_t5_tokenizer
 from library.anima_runtime.tokenizer_sources import TokenizerSettings
 from library.anima_runtime.tokenizers import (
-    check_tokenizer,
     load_qwen_tokenizer,
     load_t5_tokenizer,
-    plan_qwen_tokenizer,
-    plan_t5_tokenizer,
-    provide_tokenizer,
+    provide_qwen_tokenizer,
+    provide_t5_tokenizer,
 )
 from library.errors import ModelFileError
 
@@ -43,7 +42,9 @@ def put(hub, prefix, files):
 
 
 def provide(folder, **settings):
-    return provide_tokenizer(plan_t5_tokenizer(folder, TokenizerSettings(**settings)))
+    plan = plan_t5_tokenizer(folder, TokenizerSettings(**settings))
+    provide_t5_tokenizer(plan, settings.get("t5_tokenizer_validate_strict", False))
+    return plan.folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -280,7 +281,7 @@ def test_off_or_offline_the_missing_files_are_named(hubs, t5, tmp_path, monkeypa
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "spiece.model").write_bytes(t5["spiece.model"])
     plan = plan_t5_tokenizer(tmp_path / "t5", TokenizerSettings(**settings))
-    for act in (check_tokenizer, provide_tokenizer):
+    for act in (check_tokenizer, provide_t5_tokenizer):
         with pytest.raises(ModelFileError) as caught:
             act(plan)
         assert str(caught.value).startswith(
@@ -292,7 +293,7 @@ def test_off_or_offline_the_missing_files_are_named(hubs, t5, tmp_path, monkeypa
     for name, content in t5.items():
         (tmp_path / "t5" / name).write_bytes(content)
     check_tokenizer(plan)
-    assert provide_tokenizer(plan) == tmp_path / "t5"
+    assert provide_t5_tokenizer(plan)("").input_ids == [1]
 
 
 def test_the_check_downloads_nothing_and_says_what_will_be(hubs, t5, tmp_path, caplog):
@@ -315,12 +316,13 @@ PROCESS = """
 import sys
 from pathlib import Path
 from library.anima_runtime.tokenizer_sources import TokenizerSettings
-from library.anima_runtime.tokenizers import plan_t5_tokenizer, provide_tokenizer, load_t5_tokenizer
+from library.anima_runtime.tokenizer_plans import plan_t5_tokenizer
+from library.anima_runtime.tokenizers import provide_t5_tokenizer
 folder, me, other = map(Path, sys.argv[1:])
 me.touch()
 while not other.exists():
     pass
-load_t5_tokenizer(provide_tokenizer(plan_t5_tokenizer(folder, TokenizerSettings())))
+provide_t5_tokenizer(plan_t5_tokenizer(folder, TokenizerSettings()))
 """
 
 
@@ -351,13 +353,14 @@ def test_qwen_beside_the_model_or_from_the_hub(hubs, tiny_anima, tmp_path):
     file.touch()
     tokenizer = (tiny_anima / "qwen3" / "tokenizer.json").read_bytes()
     put(hubs[1], "/api/v1/models/Qwen/Qwen3-0.6B-Base/repo?Revision=master&FilePath=", {"tokenizer.json": tokenizer})
-    folder = provide_tokenizer(plan_qwen_tokenizer(file, None, TokenizerSettings()))
+    plan = plan_qwen_tokenizer(file, None, TokenizerSettings())
+    downloaded, folder = provide_qwen_tokenizer(plan), plan.folder
     assert folder.is_relative_to(tmp_path / "hf_home")
     assert contents(folder) == {"tokenizer.json": tokenizer}
     assert list(file.parent.iterdir()) == [file], "nothing is written beside the user's model"
     assert hubs[0].asked[0] == "/Qwen/Qwen3-0.6B-Base/resolve/main/tokenizer.json"
     reference = load_qwen_tokenizer(tiny_anima / "qwen3")
-    assert load_qwen_tokenizer(folder)("red circle").input_ids == reference("red circle").input_ids
+    assert downloaded("red circle").input_ids == reference("red circle").input_ids
 
     off = TokenizerSettings(auto_download_qwen_tokenizer=False)
     assert plan_qwen_tokenizer(file, None, off).folder == folder, "what was downloaded once is used"
@@ -379,7 +382,7 @@ def test_qwen_off_and_missing(hubs, tmp_path):
 def test_another_models_tokenizer_is_not_taken_for_qwens(hubs, t5, tmp_path):
     put(hubs[0], "/Qwen/Qwen3-0.6B-Base/resolve/main/", {"tokenizer.json": t5["tokenizer.json"]})
     with pytest.raises(ModelFileError, match=r"0\.6B-Base \(main\): not a Qwen3 tokenizer: .* comes back as"):
-        provide_tokenizer(plan_qwen_tokenizer(tmp_path / "qwen3.safetensors", None, TokenizerSettings()))
+        provide_qwen_tokenizer(plan_qwen_tokenizer(tmp_path / "qwen3.safetensors", None, TokenizerSettings()))
 
 
 def run_settings(tiny_anima, tmp_path) -> dict[str, object]:
@@ -418,7 +421,7 @@ def test_nothing_is_downloaded_for_a_run_with_mistakes(hubs, t5, tiny_anima, tmp
 
 
 def test_failed_downloads_end_a_run_before_models_are_loaded(hubs, tiny_anima, tmp_path, config, capsys, monkeypatch):
-    monkeypatch.setattr("anima_train_network.load_qwen3", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("library.anima_runtime.qwen3.load_qwen3", lambda *_: pytest.fail("a model was loaded"))
     settings = {**run_settings(tiny_anima, tmp_path), "qwen_tokenizer_dir": tiny_anima / "qwen3"}
     assert main(config(**settings)) == 1
     error = capsys.readouterr().err

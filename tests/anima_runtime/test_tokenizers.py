@@ -9,13 +9,9 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer
 
+from library.anima_runtime.tokenizer_plans import plan_qwen_tokenizer
 from library.anima_runtime.tokenizer_sources import TokenizerSettings
-from library.anima_runtime.tokenizers import (
-    load_qwen_tokenizer,
-    load_t5_tokenizer,
-    plan_qwen_tokenizer,
-    strict_failures,
-)
+from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer, strict_failures
 from library.errors import ModelFileError
 
 TEXTS = ["red circle, simple background", "  two   spaces\n(blue:1.2) 猫", "unknown ☃ word"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.anima_runtime import tokenizers
+from library.anima_runtime import tokenizer_plans
 from library.data.pixels import load_pixels
 from library.randomness import python_random
 from tools.inspect_dataset import main
@@ -156,10 +156,10 @@ def test_captions_are_counted_in_tokens(folder, tiny_anima, capsys, monkeypatch,
 
     text = "cat, " * 600
     (folder / "b.txt").write_text(text)
-    monkeypatch.setattr(tokenizers, "_cache_folder", lambda source: tmp_path / "none")
+    monkeypatch.setattr(tokenizer_plans, "_cache_folder", lambda source: tmp_path / "none")
     code, report = inspect(folder, capsys)
     assert code == 0 and report["long_captions"] is None
-    monkeypatch.setattr(tokenizers, "_cache_folder", lambda source: tiny_anima / "t5")  # where a run downloads it to
+    monkeypatch.setattr(tokenizer_plans, "_cache_folder", lambda source: tiny_anima / "t5")  # where a run downloads it to
     assert inspect(folder, capsys)[1]["long_captions"].keys() == {"b.png"}
     monkeypatch.undo()
     code, report = inspect(folder, capsys, "--t5_tokenizer_dir", str(tiny_anima / "t5"))
