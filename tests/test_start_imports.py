@@ -19,9 +19,8 @@ def imported_by(code: str, *words: str) -> set[str]:
     """The modules that a fresh process has imported after `code`, whose sys.argv[1:] are `words`."""
     program = f"{code}\nimport json, sys\nsys.stdout.write('\\n' + json.dumps(sorted(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", program, *words], cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", program, *words]
+    child = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return set(json.loads(child.stdout.splitlines()[-1]))
 
 

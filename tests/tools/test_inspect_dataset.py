@@ -159,7 +159,8 @@ def test_captions_are_counted_in_tokens(folder, tiny_anima, capsys, monkeypatch,
     monkeypatch.setattr(tokenizer_plans, "_cache_folder", lambda source: tmp_path / "none")
     code, report = inspect(folder, capsys)
     assert code == 0 and report["long_captions"] is None
-    monkeypatch.setattr(tokenizer_plans, "_cache_folder", lambda source: tiny_anima / "t5")  # where a run downloads it to
+    # Where a run downloads it to.
+    monkeypatch.setattr(tokenizer_plans, "_cache_folder", lambda source: tiny_anima / "t5")
     assert inspect(folder, capsys)[1]["long_captions"].keys() == {"b.png"}
     monkeypatch.undo()
     code, report = inspect(folder, capsys, "--t5_tokenizer_dir", str(tiny_anima / "t5"))
