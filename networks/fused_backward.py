@@ -32,7 +32,7 @@ class BackwardPass:
     """
 
     def __init__(self, fused: FusedBlock, tape: Tape, given: Given, dx_BLD: Tensor, wants_modulations: bool) -> None:
-        self.fused, self.tape, self.rotary = fused, tape, given.rotary
+        self.fused, self.tape, self.rotary, self.context = fused, tape, given.rotary, given.context
         self.shift_scales, self.gates = zip(*map(given.parts, range(3)), strict=True)
         self.count = dx_BLD.shape[0] * dx_BLD.shape[1]
         self.dx_BLD = dx_BLD
@@ -57,21 +57,16 @@ class BackwardPass:
         self.dnormed_ND, self.found[fused.wide] = fused.wide.backward(gradients, normed.normed_ND, None, True)
         self.reached = x_BLD, normed, self.shift_scales[2]
 
-    def pass_cross_attention(self, wants_context: bool) -> Tensor | None:
-        """Returns the gradient of the context (B, S, context width), if wanted."""
+    def pass_cross_attention(self) -> None:
+        """The gradients of the context's keys and values go to their places."""
         fused = self.fused
         branch = self.tape.take(self.wants_modulations)
         dq, dk, dv = self._pass_attention(1, branch.attended, branch.output, fused.cross_output)
         gradients = fused.q.empty_gradients(self.count)
         self.head_norms.run(2, (dq,), branch.q, None, gradients)
         self.dnormed_ND, self.found[fused.q] = fused.q.backward(gradients, branch.normed.normed_ND, None, True)
-        gradients = fused.kv.empty_gradients(len(branch.context_rows))
-        self.head_norms.run(3, (dk, dv), branch.kv[:1], None, gradients)
-        dcontext_NC, self.found[fused.kv] = fused.kv.backward(
-            gradients, branch.context_rows, branch.kv_hidden, wants_context
-        )
+        self.head_norms.run(3, (dk, dv), [self.context.k_NE], None, self.context.gradients())
         self.reached = branch.x_BLD, branch.normed, self.shift_scales[1]
-        return None if dcontext_NC is None else dcontext_NC.unflatten(0, (len(self.dx_BLD), -1))
 
     def pass_self_attention(self, wants_begin: bool) -> None:
         """wants_begin: whether the gradients of its norm and of the block's x are wanted."""

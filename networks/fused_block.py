@@ -35,7 +35,6 @@ class FusedBlock:
         self.qkv = parts.joint("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self.self_output = parts.joint("self_attn.output_proj")
         self.q = parts.joint("cross_attn.q_proj")
-        self.kv = parts.joint("cross_attn.k_proj", "cross_attn.v_proj")
         self.cross_output = parts.joint("cross_attn.output_proj")
         self.wide = parts.joint("mlp.layer1")
         self.narrow = parts.joint("mlp.layer2")
@@ -43,7 +42,7 @@ class FusedBlock:
             block.to(swapped.swap.device)  # all but what is swapped, which is there by now
             block.register_forward_pre_hook(lambda *_: swapped.enter(backward=False))  # where it is run as it is
         self.norms = [parts.norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
-        self.joints = (self.qkv, self.self_output, self.q, self.kv, self.cross_output, self.wide, self.narrow)
+        self.joints = (self.qkv, self.self_output, self.q, self.cross_output, self.wide, self.narrow)
 
     def parameters(self) -> list[nn.Parameter]:
         """All adapters', in the order of `backward`'s gradients."""
@@ -59,21 +58,24 @@ class FusedBlock:
         return gated_norm(x_BLD, Gated(former, given.parts(2)[1]), None)[0]
 
     def backward(
-        self, dx_BLD: Tensor, tape: Tape, given: Given, wants_x: bool, wants_modulations: bool, wants_context: bool
-    ) -> tuple[Tensor | None, Sequence[Tensor | None], Tensor | None, list[Tensor]]:
-        """Gradients of x, the modulations, the context, and the parameters; None for those not wanted."""
+        self, dx_BLD: Tensor, tape: Tape, given: Given, wants_x: bool, wants_modulations: bool
+    ) -> tuple[Tensor | None, Sequence[Tensor | None], list[Tensor]]:
+        """Gradients of x, the modulations and the parameters; None for those not wanted.
+
+        Those of the context's keys and values go to their places.
+        """
         if self._swapped is not None:
             self._swapped.enter(backward=True, ends=not wants_x)
         done = BackwardPass(self, tape, given, dx_BLD, wants_modulations)
         done.pass_mlp()
-        dcontext_BSD = done.pass_cross_attention(wants_context)
+        done.pass_cross_attention()
         done.pass_self_attention(wants_x or wants_modulations)
         dmodulations: Sequence[Tensor | None] = [None] * 3
         if done.partial_BPSD is not None:
             dmodulations = summed(done.partial_BPSD).to(given.modulations[0].dtype).chunk(3, dim=1)
         done.found |= done.head_norms.found()
         gradients = [gradient for part in (*self.joints, *self.norms) for gradient in done.found[part]]
-        return done.dx_BLD if wants_x else None, dmodulations, dcontext_BSD, gradients
+        return done.dx_BLD if wants_x else None, dmodulations, gradients
 
     def run(
         self, number: int, x_BLD: Tensor, former: Sum | None, given: Given, tape: Tape | None
@@ -111,13 +113,11 @@ class FusedBlock:
 
     def _run_cross_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> CrossAttention:
         q = self.q.forward(normed.normed_ND)
-        context_rows = rows(given.context_BSD)
-        kv, kv_hidden = self.kv.forward_any(context_rows)
         (q_heads,) = normed_heads(q, self.norms[2:3], None, len(x_BLD))
-        (k_heads,) = normed_heads(kv[:1], self.norms[3:], None, len(x_BLD))
-        v_heads = heads(kv[1], len(x_BLD), self.head_size)
+        (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, len(x_BLD))
+        v_heads = heads(given.context.v_NE, len(x_BLD), self.head_size)
         attended = attend_forward(self.block.cross_attn.attend, q_heads, k_heads, v_heads, given.zero_rows)
-        return CrossAttention(x_BLD, normed, q, context_rows, kv, kv_hidden, attended)
+        return CrossAttention(x_BLD, normed, q, attended)
 
     def _run_mlp(self, x_BLD: Tensor, normed: Normed, _given: Given) -> MLP:
         wide = self.wide.forward(normed.normed_ND)

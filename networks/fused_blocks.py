@@ -20,6 +20,7 @@ from library.anima_runtime.weight_swap import SwappedBlock, WeightSwap
 from networks.adapter import NO_DROPOUT
 from networks.fused_block import FusedBlock
 from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape
+from networks.fused_context import ContextProducts
 from networks.fused_llm_adapter import FusedLLMAdapter
 from networks.fused_parts import TrainedWeights
 from networks.fused_tape import Given, Tape
@@ -35,22 +36,21 @@ class _RunBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BLD: Tensor, context_BSD: Tensor, first: Tensor, second: Tensor, third: Tensor,
-        rotary: RotaryTables, zero_rows: int, fused: FusedBlock, parking: Parking | None, is_last: bool,
-        *_: nn.Parameter,
+        ctx: Any, x_BLD: Tensor, first: Tensor, second: Tensor, third: Tensor, k_NE: Tensor, v_NE: Tensor, given: Given,
+        fused: FusedBlock, parking: Parking | None, is_last: bool, *_: nn.Parameter,
     ) -> Tensor:  # fmt: skip
-        ctx.fused, ctx.given = fused, Given((first, second, third), context_BSD, rotary, zero_rows)
+        """The modulations, k and v are given's, once more so that they get gradients."""
+        ctx.fused, ctx.given = fused, given
         ctx.tape = _tape(fused, ctx.given, parking, is_last)
         return fused.forward(x_BLD, ctx.given, ctx.tape)
 
     @staticmethod
     def backward(ctx: Any, dx_BLD: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, wants_context, *wants_each = ctx.needs_input_grad[:5]
-        dx, dmodulations, dcontext, found = ctx.fused.backward(
-            dx_BLD.contiguous(), ctx.tape, ctx.given, wants_x, any(wants_each), wants_context
-        )
+        wants_x, *wants_each = ctx.needs_input_grad[:4]
+        dx, dmodulations, found = ctx.fused.backward(dx_BLD.contiguous(), ctx.tape, ctx.given, wants_x, any(wants_each))
+        dcontext = ctx.given.context.gradients()
         ctx.tape = ctx.given = None  # this step of autograd may be there until the last one is done
-        return dx, dcontext, *dmodulations, None, None, None, None, None, *found
+        return dx, *dmodulations, *dcontext, None, None, None, None, *found
 
 
 def _tape(fused: FusedBlock, given: Given, parking: Parking | None, is_last: bool) -> Tape:
@@ -69,13 +69,14 @@ class FusedBlocks:
         first_swapped = len(transformer.blocks) - (0 if swap is None else len(swap.homes))
         self._network, adapters = network, network.adapters
         self._plainly = transformer.run_blocks
+        self._context = ContextProducts(transformer, adapters)
         self._blocks = []
         for number, block in enumerate(transformer.blocks):
             prefix = f"blocks.{number}."
             own = {path.removeprefix(prefix): adapter for path, adapter in adapters.items() if path.startswith(prefix)}
             swapped = None if number < first_swapped else SwappedBlock(swap, number - first_swapped)
             self._blocks.append(FusedBlock(block, own, swapped))
-        joints = [joint for fused in self._blocks for joint in fused.joints]
+        joints = [*self._context.joints, *(joint for fused in self._blocks for joint in fused.joints)]
         norms = [norm for fused in self._blocks for norm in fused.norms]
         self._weights = TrainedWeights(list(adapters.values()), joints, norms)
         self._joins_modulations = not any(".adaln_modulation_" in path for path in adapters)
@@ -98,15 +99,14 @@ class FusedBlocks:
             return self._plainly(x_BLD, time_BD, shared_modulation_BK, context_BSD, rotary, zero_rows)
         self._weights.take()
         modulations = self._modulations(time_BD, shared_modulation_BK)
-        for number, fused in enumerate(self._blocks):
-            own = modulations[3 * number : 3 * number + 3]
-            parameters, is_last = fused.parameters(), number == len(self._blocks) - 1
-            if torch.is_grad_enabled() and any(x.requires_grad for x in (x_BLD, context_BSD, *own, *parameters)):
-                x_BLD = _RunBlock.apply(
-                    x_BLD, context_BSD, *own, rotary, zero_rows, fused, self._parking, is_last, *parameters
-                )
+        for number, (fused, context) in enumerate(zip(self._blocks, self._context(context_BSD), strict=True)):
+            given = Given(modulations[3 * number : 3 * number + 3], context, rotary, zero_rows)
+            inputs, parameters = (x_BLD, *given.modulations, context.k_NE, context.v_NE), fused.parameters()
+            if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters)):
+                is_last = number == len(self._blocks) - 1
+                x_BLD = _RunBlock.apply(*inputs, given, fused, self._parking, is_last, *parameters)
             else:
-                x_BLD = fused.forward(x_BLD, Given(own, context_BSD, rotary, zero_rows), tape=None)
+                x_BLD = fused.forward(x_BLD, given, tape=None)
         return x_BLD
 
     def _modulations(self, time_BD: Tensor, shared_BK: Tensor) -> Sequence[Tensor]:

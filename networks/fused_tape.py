@@ -10,17 +10,18 @@ from torch import Tensor
 from library.anima_runtime.attention import RotaryTables
 from library.anima_runtime.attention_passes import Attended
 from library.anima_runtime.block_ops import Modulation, Normed, Sum
+from networks.fused_context import ContextHeads
 
 
 class Given(NamedTuple):
     """What a block takes beside the residual stream.
 
-    modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added. zero_rows: how many
-    rows of the context are zero and not there.
+    modulations: shift, scale and gate (B, 3 D) of each branch, those that all branches share added. context: its keys
+    and values. zero_rows: how many rows of the context are zero and not there.
     """
 
     modulations: Sequence[Tensor]
-    context_BSD: Tensor
+    context: ContextHeads
     rotary: RotaryTables
     zero_rows: int
 
@@ -53,9 +54,6 @@ class CrossAttention(NamedTuple):
     x_BLD: Tensor
     normed: Normed
     q: list[Tensor]
-    context_rows: Tensor
-    kv: list[Tensor]
-    kv_hidden: Tensor | None
     attended: Attended
     output: Output = Output()
 

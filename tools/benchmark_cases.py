@@ -55,6 +55,9 @@ class Case:
 CASES = {
     "lora": Case(),
     "lora_blocks": Case(network=LORA_BLOCKS),
+    "lora_blocks_512": Case(network=LORA_BLOCKS, sides=((512, 512),)),
+    "lora_blocks_batch4": Case(network=LORA_BLOCKS, batch_size=4),
+    "lora_blocks_checkpointing": Case(network=LORA_BLOCKS, checkpointing=True),
     "lora_recorded": Case(speed=RECORDED),
     "lora_512": Case(sides=((512, 512),)),
     "lora_batch4": Case(batch_size=4),
