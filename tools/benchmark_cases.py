@@ -50,6 +50,7 @@ class Case:
     attention: str = "auto"
     speed: SpeedSettings = FUSED
     memory: MemorySettings = MemorySettings()
+    optimizer: str = "AdamW"
 
 
 CASES = {
@@ -69,6 +70,8 @@ CASES = {
     "lora_fp8_swap": Case(checkpointing=True, memory=MemorySettings(fp8_base=True, blocks_to_swap=14)),
     "lora_swap": Case(checkpointing=True, memory=MemorySettings(blocks_to_swap=14)),
     "lora_swap_eager": Case(checkpointing=True, memory=MemorySettings(blocks_to_swap=14), speed=EAGER),
+    "lora_adamw8bit": Case(optimizer="AdamW8bit"),
+    "lora_lion8bit": Case(optimizer="Lion8bit"),
     "lora_eager": Case(speed=EAGER),
     "lokr_eager": Case(network=LOKR, speed=EAGER),
     "lora_512_eager": Case(sides=((512, 512),), speed=EAGER),
@@ -147,7 +150,7 @@ def case_settings(case: Case, device: torch.device) -> Settings:
     groups = {name: group() for name, group in run_groups().items()}
     precision = "bf16" if device.type == "cuda" else "no"
     run = RunSettings(mixed_precision=precision, gradient_checkpointing=case.checkpointing)
-    optimizer = replace(groups["optimizer"], learning_rate=1e-4)
+    optimizer = replace(groups["optimizer"], optimizer_type=case.optimizer, learning_rate=1e-4)
     network = NetworkSettings(**case.network)
     model = replace(groups["model"], anima_attention_backend=case.attention)
     changed = {"model": model, "run": run, "optimizer": optimizer, "network": network}
