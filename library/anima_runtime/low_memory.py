@@ -30,7 +30,7 @@ class MemorySettings:
     blocks_to_swap: int = option(
         0,
         "So many of the transformer's blocks lie in main memory and come to the card when their turn is, two at a "
-        "time: 126 MB less for each but two, 63 MB with fp8_base, and somewhat slower steps. Needs "
+        "time: about 120 MB less for each but two, 60 MB with fp8_base, and somewhat slower steps. Needs "
         "gradient_checkpointing.",
     )
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from networks import lokr_anima, lora_anima
 from networks.fused_blocks import fuse_blocks
