@@ -17,7 +17,9 @@ from library.anima_runtime.block_ops import kernel_obstacle
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
 from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack_contexts
 from library.anima_runtime.devices import to_device
+from library.anima_runtime.encoders import LazyTextEncoder, LazyVAE
 from library.anima_runtime.flow import add_noise, velocity_target
+from library.anima_runtime.known_models import KnownModels
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
 from library.anima_runtime.low_memory import BlockSwap, check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
@@ -25,14 +27,20 @@ from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.text_cache import TextCache
-from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, TextEncoder, pad_captions
+from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, pad_captions
 from library.anima_runtime.timestep_plot import save_timestep_histogram
 from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift, timestep_at
-from library.anima_runtime.tokenizer_plans import check_tokenizer, plan_qwen_tokenizer, plan_t5_tokenizer
+from library.anima_runtime.tokenizer_plans import (
+    TokenizerPlan,
+    check_tokenizer,
+    plan_qwen_tokenizer,
+    plan_t5_tokenizer,
+)
 from library.anima_runtime.transformer import AnimaTransformer
 from library.anima_runtime.weight_swap import WeightSwap
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
+from library.data.picture_index import cache_folder
 from library.data.pictures import Picture
 from library.errors import Problems, UserError
 from library.planning.plan import RunPlan
@@ -55,6 +63,7 @@ from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules, or_uncompiled
 from networks.fused_blocks import fuse_blocks, fuse_obstacle
 from networks.fused_checkpoint import parked_bytes
+from networks.setup import may_change_text_encoder
 from train_network import NetworkTrainer
 
 logger = logging.getLogger("anima_train_network")
@@ -103,19 +112,16 @@ class AnimaNetworkTrainer(NetworkTrainer):
     context_step = _CONTEXT_STEP
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
-        from library.anima_runtime.qwen3 import plan_qwen3
-        from library.anima_runtime.vae import check_vae_file
-
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
             return problems.attempt(function, path, *others) if path is not None and path.exists() else None
 
         model, tokenizers = self.settings.model, self.settings.tokenizers
         self.config = check(check_transformer_file, model.pretrained_model_name_or_path)
-        check(check_vae_file, model.vae)
-        qwen = check(plan_qwen3, model.qwen)
-        self.qwen_tokenizer = check(plan_qwen_tokenizer, model.qwen, model.qwen_tokenizer_dir, tokenizers)
-        self.t5_tokenizer = problems.attempt(plan_t5_tokenizer, model.t5_tokenizer_dir, tokenizers)
-        for tokenizer in (self.qwen_tokenizer, self.t5_tokenizer):
+        check(self.plan_vae, model.vae)
+        qwen_tokenizer = check(plan_qwen_tokenizer, model.qwen, model.qwen_tokenizer_dir, tokenizers)
+        t5_tokenizer = plan_t5_tokenizer(model.t5_tokenizer_dir, tokenizers)
+        qwen = check(self.plan_text_encoder, model.qwen, qwen_tokenizer, t5_tokenizer)
+        for tokenizer in (qwen_tokenizer, t5_tokenizer):
             if tokenizer is not None:
                 problems.attempt(check_tokenizer, tokenizer)
         sampling = self.settings.sampling
@@ -125,6 +131,33 @@ class AnimaNetworkTrainer(NetworkTrainer):
         problems.attempt(check_swap, self.settings.memory, self.config.depth)
         with torch.device("meta"):
             return AnimaTransformer(self.config), qwen
+
+    def plan_vae(self, path: Path) -> None:
+        """ModelFileError: the file is not a VAE."""
+        dtype = torch.float32 if self.settings.model.no_half_vae else self.dtype
+        known = self.known_models(self.settings.data.cache_latents_to_disk)
+        self.vae = LazyVAE(path, dtype, self.device, known)
+        if not self.vae.is_known:
+            self.vae.check()
+
+    def plan_text_encoder(self, path: Path, qwen_tokenizer: TokenizerPlan, t5_tokenizer: TokenizerPlan) -> nn.Module:
+        """Qwen3 on the meta device, or what stands for it. ModelFileError: the files are not Qwen3's."""
+        # Qwen3's activations are not known to stay within fp16.
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        stays_as_it_is = not may_change_text_encoder(self.settings.network)
+        known = self.known_models(self.settings.data.cache_text_encoder_outputs_to_disk and stays_as_it_is)
+        strict = self.settings.tokenizers.t5_tokenizer_validate_strict
+        self.text_encoder = LazyTextEncoder(path, dtype, self.device, qwen_tokenizer, t5_tokenizer, strict, known)
+        return nn.Module() if self.text_encoder.is_known else self.text_encoder.plan_qwen()
+
+    def known_models(self, caches_to_disk: bool) -> KnownModels:
+        """What is remembered in the cache folder of the first pictures; nothing where the run leaves no files there."""
+        subsets = [subset for dataset in self.settings.datasets for subset in dataset.subsets]
+        folder = next((subset.image_dir for subset in subsets if subset.image_dir is not None), None)
+        if folder is None or not caches_to_disk:
+            return KnownModels(None)
+        file = cache_folder(folder, self.settings.data.cache_dir) / "models.json"
+        return KnownModels(file, writes=self.accelerator.is_main_process)
 
     def plan_run(self) -> RunPlan:
         plan = super().plan_run()
@@ -159,37 +192,28 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return path is not None or shows_schedule
 
     def load_models(self) -> tuple[nn.Module, nn.Module]:
-        from library.anima_runtime.qwen3 import load_qwen3
-        from library.anima_runtime.tokenizers import provide_qwen_tokenizer, provide_t5_tokenizer
-        from library.anima_runtime.vae import load_vae
-
         model = self.settings.model
-        # Qwen3's activations are not known to stay within fp16.
-        text_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
-        # Tokenizers first: their download may fail, and the models take longer.
-        tokenizers = (
-            provide_qwen_tokenizer(self.qwen_tokenizer),
-            provide_t5_tokenizer(self.t5_tokenizer, self.settings.tokenizers.t5_tokenizer_validate_strict),
-        )
-        self.text_encoder = TextEncoder(load_qwen3(model.qwen, text_dtype, self.device), *tokenizers)
-        self.vae = load_vae(model.vae, torch.float32 if model.no_half_vae else self.dtype, self.device)
+        # Those that are sure to be used: both for samples, and one that no earlier run has loaded.
+        for encoder in (self.text_encoder, self.vae):
+            if self.prompts or not encoder.is_known:
+                encoder.load()
         place = "cpu" if self.settings.memory.is_used else self.device
         self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, place)
         self.transformer.gradient_checkpointing = self.checkpoints
         self.transformer.use_attention(self.attention[1])
         path, dtype = model.pretrained_model_name_or_path, str(self.dtype).removeprefix("torch.")
         logger.info("%s with %d blocks in %s on %s", path, self.config.depth, dtype, self.device)
-        return self.transformer, self.text_encoder.qwen
+        return self.transformer, nn.Module() if self.text_encoder.is_known else self.text_encoder.loaded.qwen
 
     def place_models(self) -> None:
         if self.settings.memory.is_used:
             place_transformer(self.transformer, self.settings.memory, self.device)
 
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        return self.vae.encode(pixels_BCHW)
+        return self.vae.loaded.encode(pixels_BCHW)
 
     def latent_identity(self) -> str:
-        return identity_of(self.vae.model)
+        return self.vae.identity()
 
     def prepare_text(self, folder: Path) -> None:
         data = self.settings.data
@@ -210,7 +234,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         self.with_room(lambda: self.captions.encode(captions))
 
     def latents_are_cached(self) -> None:
-        self.vae.to("cpu")
+        self.vae.leave_device()
 
     def prepare(self, batch: Batch) -> list[TrainingInputs] | list[ContextInputs]:
         """Draws noise and timesteps, which follow from the samples' keys, and looks up the captions."""
@@ -365,18 +389,18 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def render_samples(self) -> list[SamplePicture]:
         from library.anima_runtime.sampling import render
 
-        self.vae.to(self.device)
+        vae = self.vae.loaded.to(self.device)
         min_length = self.settings.model.anima_seq_len
         # Recorded anew each time, as the adapter may lie elsewhere by then, or be left out.
         forward = self.transformer if self.captured is None else RecordedForward(self.transformer)
         try:
             pictures = [
-                render(self.transformer, self.vae, self.text_encoder, request, self.device, min_length, forward)
+                render(self.transformer, vae, self.text_encoder, request, self.device, min_length, forward)
                 for request in self.prompts
             ]
         finally:
             if self.settings.data.caches_latents:
-                self.vae.to("cpu")
+                self.vae.leave_device()
         return [
             SamplePicture(picture, request.seed, request.parameters())
             for picture, request in zip(pictures, self.prompts, strict=True)

@@ -130,7 +130,10 @@ class NetworkTrainer(ABC):
 
     @abstractmethod
     def load_models(self) -> tuple[nn.Module, nn.Module]:
-        """Loads all models, frozen, and returns the two that adapters may change: the model and its text encoder."""
+        """Loads all models, frozen, and returns the two that adapters may change: the model and its text encoder.
+
+        Any module stands for a text encoder that stays as it is (`may_change_text_encoder`).
+        """
 
     @abstractmethod
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:

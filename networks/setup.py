@@ -99,6 +99,16 @@ def create_network(
     )  # fmt: skip
 
 
+def may_change_text_encoder(settings: NetworkSettings) -> bool:
+    """Whether the network, or what it begins with, may belong to the text encoder, as far as settings alone tell.
+
+    Where not, any module can stand for it.
+    """
+    asked = any(entry.partition("=")[0].strip() == "train_text_encoder" for entry in settings.network_args)
+    is_own = settings.network_module in _OWN_MODULES
+    return asked or not is_own or settings.network_weights is not None or bool(settings.base_weights)
+
+
 def missing_adapter_files(settings: NetworkSettings) -> list[str]:
     """The adapter files to start from that are not there."""
     weights = [] if settings.network_weights is None else [str(settings.network_weights)]

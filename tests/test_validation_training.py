@@ -46,7 +46,7 @@ def loss_by_hand(trainer, picture, share) -> float:
     """Pixels, noise, timestep and velocity of one picture, in plain maths around the model's own parts."""
     image = ImageOps.fit(Image.open(picture.path).convert("RGB"), picture.bucket, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    x0 = trainer.vae.encode(pixels)
+    x0 = trainer.vae.loaded.encode(pixels)
     noise_seed = round(share * 1000)
     generator = torch_generator(noise_seed, "noise", -1, picture.key, 0)
     noise = torch.randn(x0.shape[1:], generator=generator)[None]
@@ -67,7 +67,7 @@ def test_the_validation_loss_is_what_a_computation_by_hand_gives(config, tmp_pat
     (trainer,) = trainers
     (picture,) = trainer.plan_run().validation
     trainer.network.eval()
-    trainer.vae.to("cpu")
+    trainer.vae.loaded.to("cpu")
     losses = [loss_by_hand(trainer, picture, share) for share in (0.25, 0.75)]
     assert curve(tmp_path, "loss/validation/timestep_1")[3] == pytest.approx(losses[0], rel=1e-5)
     assert curve(tmp_path, "loss/validation/timestep_2")[3] == pytest.approx(losses[1], rel=1e-5)

@@ -14,6 +14,7 @@ from networks.setup import (
     check_planned,
     create_network,
     import_network_module,
+    may_change_text_encoder,
     network_arguments,
     prove_loadable,
     summary_table,
@@ -40,6 +41,18 @@ def test_settings_reach_the_network_and_must_not_contradict_its_arguments():
     assert network_arguments(only_argument, ())["train_norm"] == "false"
     agreed = NetworkSettings(train_norm=False, network_args=("train_norm=false",))
     assert network_arguments(agreed, {"train_norm"})["train_norm"] == "false"
+
+
+def test_settings_tell_whether_the_text_encoder_may_be_changed(tmp_path):
+    assert not may_change_text_encoder(NetworkSettings())
+    assert not may_change_text_encoder(NetworkSettings(network_args=("target_modules=q_proj",)))
+    for settings in (
+        NetworkSettings(network_args=("train_text_encoder = true",)),
+        NetworkSettings(network_module="lycoris.kohya"),
+        NetworkSettings(network_weights=tmp_path / "adapter.safetensors"),
+        NetworkSettings(base_weights=("adapter.safetensors",)),
+    ):
+        assert may_change_text_encoder(settings)
 
 
 def test_what_has_a_setting_of_its_own_cannot_stand_in_network_args():
