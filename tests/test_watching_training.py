@@ -182,7 +182,7 @@ class FailingHub:
 @pytest.mark.parametrize("fails_to_make", [True, False])
 def test_a_hub_that_fails_ends_no_run(config, tmp_path, monkeypatch, capsys, fails_to_make):
     monkeypatch.setattr(FailingHub, "fails_to_make", fails_to_make)
-    monkeypatch.setattr("library.training.upload.HfApi", FailingHub)
+    monkeypatch.setattr("huggingface_hub.HfApi", FailingHub)
     monkeypatch.setattr("library.training.upload._FIRST_PAUSE", 0.0)
     hub = {"huggingface_repo_id": "me/a", "save_state_to_huggingface": True}
     assert main(config(**hub, save_every_n_steps=1, save_state=True)) == 0

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from library.errors import SettingError
+from library.garbage import uncollected
 from library.options import option, split_arguments
 from library.training.flat_adamw import FlatAdamW
 from library.training.optimizer_names import OPTIMIZER_NAMES, find_optimizer, is_adafactor
@@ -83,6 +84,7 @@ def _typed(text: str) -> Any:
         return text
 
 
+@uncollected()  # torch's first one imports torch._dynamo: many objects and no garbage, a quarter of that second
 def make_optimizer(
     settings: OptimizerSettings, parameter_groups: Sequence[Mapping[str, Any]], device: torch.device
 ) -> torch.optim.Optimizer:

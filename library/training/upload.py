@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock, Thread
 from typing import Any
 
-from huggingface_hub import HfApi
+import huggingface_hub
 
 from library.errors import SettingError
 from library.options import Secret, option
@@ -57,7 +57,7 @@ class Uploader:
         """api: with the methods of HfApi. pause: waits so many seconds."""
         self._settings = settings
         self._token = None if settings.huggingface_token is None else settings.huggingface_token.reveal()
-        self._api = HfApi(token=self._token) if api is None else api
+        self._api = huggingface_hub.HfApi(token=self._token) if api is None else api
         self._pause = pause
         self._one_at_a_time = Lock()
         self._threads: list[Thread] = []
@@ -131,7 +131,7 @@ def download_state(resume: Path, settings: HubSettings, api: Any | None = None) 
             f"resume: {resume} is not of the form owner/name/path/of/the-state, as resume_from_huggingface expects"
         )
     token = None if settings.huggingface_token is None else settings.huggingface_token.reveal()
-    hub = HfApi(token=token) if api is None else api
+    hub = huggingface_hub.HfApi(token=token) if api is None else api
     repository, folder = "/".join(parts[:2]), "/".join(parts[2:])
     try:
         local = hub.snapshot_download(
