@@ -26,6 +26,7 @@ from library.anima_runtime.noise import draw_noise, perturb_noise
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.recorded import RecordedForward
+from library.anima_runtime.step_memory import AlsoThere, needed_memory
 from library.anima_runtime.text_cache import TextCache
 from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, pad_captions
 from library.anima_runtime.timestep_plot import save_timestep_histogram
@@ -50,13 +51,17 @@ from library.tensor_cache import TensorCache, cache_key, identity_of
 from library.training.captured import MOST_GRAPHS
 from library.training.choices import (
     Choice,
+    StepMemory,
     attention_choice,
     attention_wanted,
     choose_checkpointing,
+    choose_fusing,
     choose_parking,
+    choose_selecting,
 )
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
+from library.training.preflight import memory_limit
 from library.training.processes import is_first_to_tell, make_accelerator
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
@@ -108,7 +113,7 @@ class ContextInputs(NamedTuple):
 class AnimaNetworkTrainer(NetworkTrainer):
     """What is Anima's own in a training run."""
 
-    fuses = parks = False
+    fuses = checkpoints = selects = parks = False
     context_step = _CONTEXT_STEP
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
@@ -165,16 +170,17 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return plan
 
     def choose_for_model(self) -> None:
-        """Chooses how the model computes attention, and whether activations are computed again in the backward pass."""
-        asked, swaps = self.settings.model.attention_backend, self.settings.memory.blocks_to_swap > 0
+        """Chooses how the model computes attention."""
+        asked = self.settings.model.attention_backend
         wanted = attention_wanted(asked, self.before)
         self.attention = choose_attention(wanted, self.config.head_size, self.dtype, self.device)
-        checkpointing = choose_checkpointing(self.settings.run, self.before, self.device, swaps)
-        self.checkpoints = bool(checkpointing.value)
-        self.choices = [attention_choice(asked, self.before, self.attention[0]), checkpointing]
+        self.choices = [attention_choice(asked, self.before, self.attention[0])]
 
     def described(self, plan: RunPlan) -> str:
-        checkpointing = "on" if self.checkpoints else "off"
+        if self.settings.run.dry_run:  # else it was chosen when the models were there
+            fuses = choose_fusing(self.settings.speed, self.before, self.device, self.dtype, lambda: None)
+            self.choose_memory(bool(fuses.value), plan.network)
+        checkpointing = "on" if self.checkpoints else "selective" if self.selects else "off"
         model = f"{self.config.depth} blocks, attention {self.attention[0]}, gradient checkpointing {checkpointing}"
         return f"model: {model}\n{super().described(plan)}"
 
@@ -199,7 +205,6 @@ class AnimaNetworkTrainer(NetworkTrainer):
                 encoder.load()
         place = "cpu" if self.settings.memory.is_used else self.device
         self.transformer = load_transformer(model.pretrained_model_name_or_path, self.dtype, place)
-        self.transformer.gradient_checkpointing = self.checkpoints
         self.transformer.use_attention(self.attention[1])
         path, dtype = model.pretrained_model_name_or_path, str(self.dtype).removeprefix("torch.")
         logger.info("%s with %d blocks in %s on %s", path, self.config.depth, dtype, self.device)
@@ -325,7 +330,30 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def fuse_obstacle(self) -> str | None:
         return fuse_obstacle(self.transformer, self.network) or kernel_obstacle(self.device)
 
-    def choose_parking(self, fuses: bool) -> Choice:
+    def choose_memory(self, fuses: bool, network: nn.Module | None) -> list[Choice]:
+        run, tokens = self.settings.run, self.most_tokens()
+        swaps, memory = self.settings.memory.blocks_to_swap > 0, self.step_memory(tokens, fuses, network)
+        checkpointing = choose_checkpointing(run, self.before, self.device, swaps, fuses, memory)
+        self.checkpoints = bool(checkpointing.value)
+        selecting = choose_selecting(run, self.checkpoints, fuses, memory)
+        waiting = parked_bytes(self.config, tokens, self.dtype) * self.accelerator.num_processes
+        parking = choose_parking(run, self.device, self.checkpoints, fuses, waiting)
+        self.selects, self.parks = bool(selecting.value), bool(parking.value)
+        return [checkpointing, selecting, parking]
+
+    def step_memory(self, tokens: int, fuses: bool, network: nn.Module | None) -> StepMemory | None:
+        """What the run takes of the card without gradient checkpointing; None without a card."""
+        limit = memory_limit(self.device)
+        if limit is None:
+            return None
+        data, eight_bits = self.settings.data, self.settings.memory.fp8_base
+        renders = self.settings.sampling.sample_prompts is not None
+        also = AlsoThere(qwen=not data.caches_text, vae=not data.caches_latents, samples=renders)
+        needed = needed_memory(self.config, tokens, self.dtype, eight_bits, fuses, network, also)
+        return StepMemory(*needed, limit)
+
+    def most_tokens(self) -> int:
+        """Of a batch, by the buckets that there may be."""
         pixels = max(
             (
                 width * height * dataset.batch_size
@@ -334,20 +362,20 @@ class AnimaNetworkTrainer(NetworkTrainer):
             ),
             default=0,
         )
-        tokens = pixels // (8 * self.config.patch_size) ** 2
-        needed = parked_bytes(self.config, tokens, self.dtype) * self.accelerator.num_processes
-        return choose_parking(self.settings.run, self.device, self.checkpoints, fuses, needed)
+        return pixels // (8 * self.config.patch_size) ** 2
 
-    def fuse_blocks(self, parks: bool, buckets: int) -> None:
-        self.parks = parks
+    def fuse_blocks(self, buckets: int) -> None:
         self.context_step = context_step(buckets, self.settings.model.anima_seq_len)
         swapped = self.settings.memory.blocks_to_swap
         swap = WeightSwap(swapped, self.device) if swapped else None
-        fuse_blocks(self.transformer, self.network, Parking(self.device) if parks else None, swap)
+        parking = Parking(self.device) if self.parks else None
+        fuse_blocks(self.transformer, self.network, parking, swap, self.selects)
+        self.transformer.gradient_checkpointing = self.checkpoints
         self.fuses = True
         torch.cuda.empty_cache()  # weights have moved: where they were, as much again would stay reserved
 
     def keep_modules(self) -> None:
+        self.transformer.gradient_checkpointing = self.checkpoints
         if self.settings.memory.blocks_to_swap:
             BlockSwap(self.transformer, self.settings.memory.blocks_to_swap, self.device)
 
@@ -375,6 +403,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         offers = {
             "cache_latents = true": not (data.caches_latents or changes_pictures),
             "cache_text_encoder_outputs = true": not (data.caches_text or self.network.trains("text_encoder")),
+            "selective_checkpointing = true": self.fuses and not (self.checkpoints or self.selects),
             "gradient_checkpointing = true": not self.checkpoints,
             "cpu_offload_checkpointing = true": self.checkpoints and self.fuses and not self.parks,
             "fp8_base = true": not memory.fp8_base,

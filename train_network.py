@@ -183,11 +183,14 @@ class NetworkTrainer(ABC):
         """Why the model's blocks cannot be computed by own kernels; None where nothing is known against it."""
 
     @abstractmethod
-    def choose_parking(self, fuses: bool) -> Choice:
-        """Whether what gradient checkpointing keeps waits in main memory. fuses: whether own kernels compute blocks."""
+    def choose_memory(self, fuses: bool, network: Network | None) -> list[Choice]:
+        """What of a forward pass is kept for the backward pass, and where. fuses: whether own kernels compute blocks.
+
+        network: what is trained, on the meta device in a dry run; None where that is not known.
+        """
 
     @abstractmethod
-    def fuse_blocks(self, parks: bool, buckets: int) -> None:
+    def fuse_blocks(self, buckets: int) -> None:
         """Has the blocks computed by own kernels, for pictures of that many shapes."""
 
     @abstractmethod
@@ -419,9 +422,9 @@ class NetworkTrainer(ABC):
         """Chooses how steps are computed, and prepares that: by own kernels, compiled, recorded."""
         speed, before, device, optimizer = self.settings.speed, self.before, self.device, self.parts.optimizer
         fuses = choose_fusing(speed, before, device, self.dtype, self.fuse_obstacle)
-        parks = self.choose_parking(bool(fuses.value))
+        memory = self.choose_memory(bool(fuses.value), self.network)
         if fuses.value:
-            self.fuse_blocks(bool(parks.value), buckets)
+            self.fuse_blocks(buckets)
         else:
             self.keep_modules()
         compiles = choose_compiling(speed, before, device, total_steps, bool(fuses.value), self.compile_obstacle())
@@ -434,7 +437,7 @@ class NetworkTrainer(ABC):
                 self.trained = optimizer.flatten(self.trained)
                 torch.cuda.empty_cache()  # where the weights were, as much again would stay reserved
             self.captured = CapturedBackward(self.losses, self.network.parameters())
-        self.choices += [fuses, parks, compiles, captures]
+        self.choices += [fuses, *memory, compiles, captures]
         logger.info("%s", told(self.choices))
 
     def compile_obstacle(self) -> str | None:

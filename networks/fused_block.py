@@ -101,29 +101,31 @@ class FusedBlock:
         """A branch from behind its norm to before its last product."""
         return (self._run_self_attention, self._run_cross_attention, self._run_mlp)[number](x_BLD, normed, given)
 
-    def own_heads(self, x_BLD: Tensor, normed: Normed, given: Given) -> tuple[list[Tensor], Gradients]:
-        """q, k and v of self-attention: rows as the product gives them, and heads as attention takes them."""
-        qkv = self.qkv.forward(normed.normed_ND)
-        q, k = normed_heads(qkv[:2], self.norms[:2], given.rotary, len(x_BLD))
-        return qkv, (q, k, heads(qkv[2], len(x_BLD), self.head_size))
+    def self_heads(self, qkv: Sequence[Tensor], given: Given, samples: int) -> Gradients:
+        """q, k and v of self-attention, rows as the product gives them, as attention takes them."""
+        q, k = normed_heads(qkv[:2], self.norms[:2], given.rotary, samples)
+        return q, k, heads(qkv[2], samples, self.head_size)
+
+    def cross_heads(self, q: Sequence[Tensor], given: Given, samples: int) -> Gradients:
+        """The same of cross-attention."""
+        (q_heads,) = normed_heads(q, self.norms[2:3], None, samples)
+        (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, samples)
+        return q_heads, k_heads, heads(given.context.v_NE, samples, self.head_size)
 
     def _run_self_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> SelfAttention:
-        qkv, own = self.own_heads(x_BLD, normed, given)
-        return SelfAttention(x_BLD, normed, qkv, attend_forward(self.block.self_attn.attend, *own))
+        qkv = self.qkv.forward(normed.normed_ND)
+        attended = attend_forward(self.block.self_attn.attend, *self.self_heads(qkv, given, len(x_BLD)))
+        return SelfAttention(x_BLD, normed, qkv, attended)
 
     def _run_cross_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> CrossAttention:
         q = self.q.forward(normed.normed_ND)
-        (q_heads,) = normed_heads(q, self.norms[2:3], None, len(x_BLD))
-        (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, len(x_BLD))
-        v_heads = heads(given.context.v_NE, len(x_BLD), self.head_size)
-        attended = attend_forward(self.block.cross_attn.attend, q_heads, k_heads, v_heads, given.zero_rows)
+        own = self.cross_heads(q, given, len(x_BLD))
+        attended = attend_forward(self.block.cross_attn.attend, *own, given.zero_rows)
         return CrossAttention(x_BLD, normed, q, attended)
 
     def _run_mlp(self, x_BLD: Tensor, normed: Normed, _given: Given) -> MLP:
         wide = self.wide.forward(normed.normed_ND)
-        activated = torch.empty_like(wide[0])
-        gelu(wide[0], activated)
-        return MLP(x_BLD, normed, wide, activated)
+        return MLP(x_BLD, normed, wide, activated(wide))
 
     def output_of(self, branch: Branch) -> Output:
         """A branch's last product."""
@@ -131,3 +133,10 @@ class FusedBlock:
             return Output(*self.narrow.forward_late(branch.activated))
         linear = self.self_output if isinstance(branch, SelfAttention) else self.cross_output
         return Output(*linear.forward_late(rows(branch.attended.output)))
+
+
+def activated(wide: Sequence[Tensor]) -> Tensor:
+    """The MLP's hidden activations of its first product."""
+    out_NE = torch.empty_like(wide[0])
+    gelu(wide[0], out_NE)
+    return out_NE

@@ -19,7 +19,7 @@ from library.anima_runtime.transformer import AnimaTransformer, Block
 from library.anima_runtime.weight_swap import SwappedBlock, WeightSwap
 from networks.adapter import NO_DROPOUT
 from networks.fused_block import FusedBlock
-from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape
+from networks.fused_checkpoint import KeepingTape, ParkingTape, RecomputingTape, SelectiveTape
 from networks.fused_context import ContextProducts
 from networks.fused_llm_adapter import FusedLLMAdapter
 from networks.fused_parts import TrainedWeights
@@ -37,12 +37,11 @@ class _RunBlock(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_BLD: Tensor, first: Tensor, second: Tensor, third: Tensor, k_NE: Tensor, v_NE: Tensor, given: Given,
-        fused: FusedBlock, parking: Parking | None, is_last: bool, *_: nn.Parameter,
+        fused: FusedBlock, tape: Tape, *_: nn.Parameter,
     ) -> Tensor:  # fmt: skip
         """The modulations, k and v are given's, once more so that they get gradients."""
-        ctx.fused, ctx.given = fused, given
-        ctx.tape = _tape(fused, ctx.given, parking, is_last)
-        return fused.forward(x_BLD, ctx.given, ctx.tape)
+        ctx.fused, ctx.given, ctx.tape = fused, given, tape
+        return fused.forward(x_BLD, given, tape)
 
     @staticmethod
     def backward(ctx: Any, dx_BLD: Tensor) -> tuple[Tensor | None, ...]:
@@ -50,22 +49,21 @@ class _RunBlock(torch.autograd.Function):
         dx, dmodulations, found = ctx.fused.backward(dx_BLD.contiguous(), ctx.tape, ctx.given, wants_x, any(wants_each))
         dcontext = ctx.given.context.gradients()
         ctx.tape = ctx.given = None  # this step of autograd may be there until the last one is done
-        return dx, *dmodulations, *dcontext, None, None, None, None, *found
-
-
-def _tape(fused: FusedBlock, given: Given, parking: Parking | None, is_last: bool) -> Tape:
-    if not fused.block.recomputes:
-        return KeepingTape()
-    return RecomputingTape(fused, given) if parking is None else ParkingTape(fused, given, parking, stays=is_last)
+        return dx, *dmodulations, *dcontext, None, None, None, *found
 
 
 class FusedBlocks:
     """All blocks of a transformer with a network's adapters; see `fuse_blocks`."""
 
     def __init__(
-        self, transformer: AnimaTransformer, network: AdapterNetwork, parking: Parking | None, swap: WeightSwap | None
+        self,
+        transformer: AnimaTransformer,
+        network: AdapterNetwork,
+        parking: Parking | None,
+        swap: WeightSwap | None,
+        selective: bool,
     ) -> None:
-        self._parking, self._swap = parking, swap
+        self._parking, self._swap, self._selective = parking, swap, selective
         first_swapped = len(transformer.blocks) - (0 if swap is None else len(swap.homes))
         self._network, adapters = network, network.adapters
         self._plainly = transformer.run_blocks
@@ -103,11 +101,18 @@ class FusedBlocks:
             given = Given(modulations[3 * number : 3 * number + 3], context, rotary, zero_rows)
             inputs, parameters = (x_BLD, *given.modulations, context.k_NE, context.v_NE), fused.parameters()
             if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *parameters)):
-                is_last = number == len(self._blocks) - 1
-                x_BLD = _RunBlock.apply(*inputs, given, fused, self._parking, is_last, *parameters)
+                tape = self._tape(fused, given, is_last=number == len(self._blocks) - 1)
+                x_BLD = _RunBlock.apply(*inputs, given, fused, tape, *parameters)
             else:
                 x_BLD = fused.forward(x_BLD, given, tape=None)
         return x_BLD
+
+    def _tape(self, fused: FusedBlock, given: Given, is_last: bool) -> Tape:
+        if not fused.block.recomputes:
+            return SelectiveTape(fused, given) if self._selective else KeepingTape()
+        if self._parking is None:
+            return RecomputingTape(fused, given)
+        return ParkingTape(fused, given, self._parking, stays=is_last)
 
     def _modulations(self, time_BD: Tensor, shared_BK: Tensor) -> Sequence[Tensor]:
         """Those of all branches, block after block."""
@@ -123,14 +128,16 @@ def fuse_blocks(
     network: AdapterNetwork,
     parking: Parking | None = None,
     swap: WeightSwap | None = None,
+    selective: bool = False,
 ) -> None:
     """Has the transformer's blocks computed by `FusedBlocks`; `fuse_obstacle` must have found nothing.
 
     The LLM adapter as well, by `FusedLLMAdapter`, if gradients go through it; else it is to give the bits that caches
     of its rows hold. parking: for what gradient checkpointing keeps of the blocks; see `fused_checkpoint`. swap: for
-    the products' weights of the last blocks, as many as it is for, which must lie in main memory.
+    the products' weights of the last blocks, as many as it is for, which must lie in main memory. selective: whether
+    blocks without gradient checkpointing are to keep less; see `SelectiveTape`.
     """
-    transformer.run_blocks = FusedBlocks(transformer, network, parking, swap)
+    transformer.run_blocks = FusedBlocks(transformer, network, parking, swap, selective)
     if _passes_llm_adapter(network):
         transformer.llm_adapter.run_rows = FusedLLMAdapter(transformer.llm_adapter, network)
 

@@ -12,7 +12,7 @@ from library.anima_runtime.attention_passes import Attended, with_inputs, with_m
 from library.anima_runtime.block_ops import Sum
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.parking import Parked, Parking
-from networks.fused_block import FusedBlock
+from networks.fused_block import FusedBlock, activated
 from networks.fused_tape import MLP, Branch, CrossAttention, Given, Output, SelfAttention
 
 
@@ -27,6 +27,54 @@ class KeepingTape:
 
     def take(self, wants_output: bool) -> Any:
         return self._branches.pop()
+
+
+class SelectiveTape:
+    """Keeps the block's input and what products and attention gave, 14 of 25 tensors of the residual stream's size.
+
+    Norms, heads and GELU, which are passes over memory, are computed again.
+    """
+
+    def __init__(self, fused: FusedBlock, given: Given) -> None:
+        self._fused, self._given = fused, given
+        self._x_BLD: Tensor | None = None
+        self._kept: list[Branch] = []
+        self._restored: list[Branch] = []
+
+    def keep(self, branch: Branch) -> None:
+        if isinstance(branch, SelfAttention):
+            self._x_BLD = branch.x_BLD
+        if isinstance(branch, MLP):
+            branch = branch._replace(activated=None)
+            if not self._given.trains_modulations:
+                branch = branch._replace(output=Output(None, _alone(branch.output.hidden_NR)))
+        else:
+            branch = branch._replace(attended=branch.attended._replace(inputs=None))
+        self._kept.append(branch._replace(x_BLD=None, normed=None))
+
+    def take(self, wants_output: bool) -> Any:
+        if self._kept:
+            self._restore()
+        return self._restored.pop()
+
+    def _restore(self) -> None:
+        fused, given, x_BLD, former = self._fused, self._given, self._x_BLD, None
+        for number, branch in enumerate(self._kept):
+            x_BLD, normed = fused.begin(number, x_BLD, former, given)
+            branch, former = branch._replace(x_BLD=x_BLD, normed=normed), branch.output.branch
+            if isinstance(branch, SelfAttention):
+                fused.qkv.complete_input(normed.normed_ND)
+                inputs = fused.self_heads(branch.qkv, given, len(x_BLD))
+                branch = branch._replace(attended=with_inputs(branch.attended, *inputs))
+            elif isinstance(branch, CrossAttention):
+                fused.q.complete_input(normed.normed_ND)
+                inputs = fused.cross_heads(branch.q, given, len(x_BLD))
+                branch = branch._replace(attended=with_inputs(branch.attended, *inputs))
+            else:
+                fused.wide.complete_input(normed.normed_ND)
+                branch = branch._replace(activated=activated(branch.wide))
+            self._restored.append(branch)
+        self._x_BLD, self._kept = None, []
 
 
 class RecomputingTape:
@@ -94,7 +142,7 @@ class ParkingTape:
             if branch.attended.made:
                 self._attended = branch.attended._replace(inputs=None, output=None, made=())
         if isinstance(branch, MLP):
-            if any(modulation.requires_grad for modulation in self._given.modulations):
+            if self._given.trains_modulations:
                 self._last = self._away(branch.output)
             else:
                 self._hidden_NR = _alone(branch.output.hidden_NR)
@@ -132,7 +180,8 @@ class ParkingTape:
     def _with_heads(self, branch: SelfAttention) -> SelfAttention:
         """The first branch with what was left out of it."""
         _, normed = self._fused.begin(0, branch.x_BLD, None, self._given)
-        qkv, heads = self._fused.own_heads(branch.x_BLD, normed, self._given)
+        qkv = self._fused.qkv.forward(normed.normed_ND)
+        heads = self._fused.self_heads(qkv, self._given, len(branch.x_BLD))
         return branch._replace(normed=normed, qkv=qkv, attended=with_inputs(branch.attended, *heads))
 
     def _last_output(self, last: MLP, wants_output: bool) -> Output:

@@ -25,6 +25,11 @@ class Given(NamedTuple):
     rotary: RotaryTables
     zero_rows: int
 
+    @property
+    def trains_modulations(self) -> bool:
+        """Whether gradients of modulations are wanted, which need what the branches gave to their gates."""
+        return any(modulation.requires_grad for modulation in self.modulations)
+
     def parts(self, number: int) -> tuple[Modulation, Tensor]:
         """Shift and scale of a branch, counted from 0, and its gate."""
         shift, scale, gate = self.modulations[number].chunk(3, dim=1)

@@ -80,11 +80,16 @@ class JointLinear:
         """Where x goes for `forward`: [N, in]."""
         return self._up_OR.new_empty(count, self._in + self._ranks)[:, : self._in]
 
-    def forward(self, x_NI: Tensor) -> list[Tensor]:
-        """Each Linear's output [N, out], of an x from `empty_input`."""
+    def complete_input(self, x_NI: Tensor) -> Tensor:
+        """Puts h beside an x from `empty_input`, for `backward`; returns both, [N, in + ranks]."""
         room = _room(x_NI)
         if self._rank:
             torch.mm(x_NI, self._down_RI.t(), out=room[:, self._in :])
+        return room
+
+    def forward(self, x_NI: Tensor) -> list[Tensor]:
+        """Each Linear's output [N, out], of an x from `empty_input`."""
+        room = self.complete_input(x_NI)
         bias = None if self._bias is None else self._bias[: self._out]
         y_NO = F.linear(room, self._weights.whole()[: self._out], bias)
         return list(y_NO.split(self._width, dim=1))

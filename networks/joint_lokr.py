@@ -78,6 +78,9 @@ class JointLoKr:
     def empty_input(self, count: int) -> Tensor:
         return self._new_empty(count, self._in)
 
+    def complete_input(self, x_NI: Tensor) -> Tensor:
+        return x_NI
+
     def forward(self, x_NI: Tensor) -> list[Tensor]:
         for part in self._parts:
             _take_low_rank(part)

@@ -203,7 +203,9 @@ def test_what_was_chosen_is_repeated_where_nothing_is_set(config, tmp_path, caps
     assert "gradient_checkpointing on: as in the resumed run" in said
     assert all(torch.equal(tensor, straight[key]) for key, tensor in adapter(tmp_path).items())
     again = json.loads((state(tmp_path, 3) / "resume_snapshot.json").read_text())["choices"]
-    off = ("cpu_offload_checkpointing", "fused_blocks", "torch_compile", "cuda_graphs")
+    off = (
+        "selective_checkpointing", "cpu_offload_checkpointing", "fused_blocks", "torch_compile", "cuda_graphs",
+    )  # fmt: skip
     assert again == {**chosen, **dict.fromkeys(off, False), "device": "CPU"}
 
     monkeypatch.setattr(attention_backends, "_try_out", lambda *arguments: fail_to_run())

@@ -12,7 +12,6 @@ from torch import nn
 from library.data.dataset import Batch
 from library.settings import Settings
 from library.settings.groups import run_groups
-from library.training.choices import Choice
 from library.training.guard import Guard
 from library.training.optimizers import OptimizerSettings
 from library.training.states import Resumable
@@ -99,10 +98,10 @@ class ToyTrainer(NetworkTrainer):
     def fuse_obstacle(self):
         return "it has no blocks"
 
-    def choose_parking(self, fuses):
-        return Choice("cpu_offload_checkpointing", False, "it has no blocks")
+    def choose_memory(self, fuses, network):
+        return []
 
-    def fuse_blocks(self, parks, buckets):
+    def fuse_blocks(self, buckets):
         """It has none."""
 
     def keep_modules(self):

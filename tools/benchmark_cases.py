@@ -47,6 +47,7 @@ class Case:
     sides: tuple[tuple[int, int], ...] = ((1024, 1024),)
     batch_size: int = 1
     checkpointing: bool = False
+    selective: bool = False
     attention: str = "auto"
     speed: SpeedSettings = FUSED
     memory: MemorySettings = MemorySettings()
@@ -64,6 +65,7 @@ CASES = {
     "lora_batch4": Case(batch_size=4),
     "lokr": Case(network=LOKR),
     "lora_checkpointing": Case(checkpointing=True),
+    "lora_selective": Case(selective=True),
     "lora_mixed": Case(sides=MIXED, batch_size=2),
     "lora_fp8": Case(checkpointing=True, memory=MemorySettings(fp8_base=True)),
     "lora_fp8_recorded": Case(checkpointing=True, memory=MemorySettings(fp8_base=True), speed=RECORDED),
@@ -92,7 +94,6 @@ class BenchmarkTrainer(AnimaNetworkTrainer):
     def load_models(self) -> tuple[nn.Module, nn.Module]:
         place = torch.device("cpu") if self.settings.memory.is_used else self.device
         self.transformer = random_transformer(self.config, self.dtype, self.device, place)
-        self.transformer.gradient_checkpointing = self.checkpoints
         self.transformer.use_attention(self.attention[1])
         self.captions = SimpleNamespace(encode=self._made_up_states)
         return self.transformer, nn.Identity()
@@ -149,7 +150,9 @@ def case_settings(case: Case, device: torch.device) -> Settings:
     """The settings that matter to a step; the rest as by default."""
     groups = {name: group() for name, group in run_groups().items()}
     precision = "bf16" if device.type == "cuda" else "no"
-    run = RunSettings(mixed_precision=precision, gradient_checkpointing=case.checkpointing)
+    run = RunSettings(
+        mixed_precision=precision, gradient_checkpointing=case.checkpointing, selective_checkpointing=case.selective
+    )
     optimizer = replace(groups["optimizer"], optimizer_type=case.optimizer, learning_rate=1e-4)
     network = NetworkSettings(**case.network)
     model = replace(groups["model"], anima_attention_backend=case.attention)

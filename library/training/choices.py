@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -20,15 +20,23 @@ from library.training.speed import STEPS_WORTH_COMPILING, SpeedSettings, compile
 
 logger = logging.getLogger(__name__)
 
-# Below this much memory a 1024² step without recompute (18.6 GB eager at batch 1) does not fit beside a desktop.
-GIB_WITHOUT_CHECKPOINTING = 30
-
 AS_SET = "as set"
 AS_BEFORE = "as in the resumed run"
 _NO_CUDA = "there is no CUDA device"
 
 # What a state says of the run that saved it: choices by the settings' names, and the device they were made for.
 Recorded = Mapping[str, Any]
+
+
+class StepMemory(NamedTuple):
+    """Bytes of a card that the run would take without gradient checkpointing, and how many it may.
+
+    kept: where all that the backward pass needs is kept. selective: with `selective_checkpointing`.
+    """
+
+    kept: int
+    selective: int
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -107,20 +115,50 @@ def choose_graphs(settings: SpeedSettings, before: Recorded, device: torch.devic
     return _if_possible(_wanted(settings.cuda_graphs, before, default), lambda: obstacle)
 
 
-def choose_checkpointing(settings: RunSettings, before: Recorded, device: torch.device, swaps_blocks: bool) -> Choice:
-    """Whether activations are computed again in the backward pass; by default on a CUDA card with little memory.
+def choose_checkpointing(
+    settings: RunSettings,
+    before: Recorded,
+    device: torch.device,
+    swaps_blocks: bool,
+    fuses: bool,
+    memory: StepMemory | None,
+) -> Choice:
+    """Whether activations are computed again in the backward pass; by default on CUDA where the card is too small.
 
-    On such a card a resumed run that did without is repeated only where it ran on one of the same kind.
+    On such a card a resumed run that did without is repeated only where it ran on one of the same kind. memory: None
+    without a card.
     """
-    default = _checkpointing_by_memory(device)
     if swaps_blocks:
-        default = Choice(default.name, True, "blocks_to_swap needs it")
+        default = Choice("gradient_checkpointing", True, "blocks_to_swap needs it")
+    elif memory is None:
+        default = Choice("gradient_checkpointing", False, _NO_CUDA)
+    else:
+        can_select = fuses and settings.selective_checkpointing is not False
+        least = memory.selective if can_select else memory.kept
+        default = Choice("gradient_checkpointing", least > memory.limit, f"without it, {_compared(least, memory)}")
     wanted = _wanted(settings.gradient_checkpointing, before, default)
     if wanted.reason != AS_BEFORE or wanted.value or not default.value:
         return wanted
     if not swaps_blocks and before.get("device") == describe_device(device):
         return wanted
     return _instead(wanted, True, default.reason)
+
+
+def choose_selecting(settings: RunSettings, checkpoints: bool, fuses: bool, memory: StepMemory | None) -> Choice:
+    """Whether less is kept for the backward pass, and passes over memory are made again; by default where it must be.
+
+    checkpoints: whether all is computed again. What a resumed run chose does not matter: the numbers are the same.
+    """
+    if memory is None:
+        obstacle = _NO_CUDA
+    elif not fuses:
+        obstacle = "fused_blocks is off"
+    else:
+        obstacle = "gradient_checkpointing is on" if checkpoints else None
+    is_wanted = obstacle is None and memory.kept > memory.limit
+    reason = obstacle or f"without it, {_compared(memory.kept, memory)}"
+    default = Choice("selective_checkpointing", is_wanted, reason)
+    return _if_possible(_wanted(settings.selective_checkpointing, {}, default), lambda: obstacle)
 
 
 def choose_parking(settings: RunSettings, device: torch.device, checkpoints: bool, fuses: bool, needed: int) -> Choice:
@@ -161,13 +199,8 @@ def attention_wanted(asked: str, before: Recorded) -> str:
     return then if asked == "auto" and isinstance(then, str) else asked
 
 
-def _checkpointing_by_memory(device: torch.device) -> Choice:
-    if device.type != "cuda":
-        return Choice("gradient_checkpointing", False, _NO_CUDA)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    is_small = memory < GIB_WITHOUT_CHECKPOINTING * 2**30
-    compared = f"less than {GIB_WITHOUT_CHECKPOINTING}" if is_small else f"{GIB_WITHOUT_CHECKPOINTING} or more"
-    return Choice("gradient_checkpointing", is_small, f"the card has {readable_size(memory)}, {compared}")
+def _compared(needed: int, memory: StepMemory) -> str:
+    return f"the run takes about {readable_size(needed)} of the {readable_size(memory.limit)} that the card has for it"
 
 
 def _wanted(setting: bool | None, before: Recorded, default: Choice) -> Choice:

@@ -10,6 +10,7 @@ from library.training.choices import (
     AS_BEFORE,
     AS_SET,
     Choice,
+    StepMemory,
     attention_choice,
     attention_wanted,
     choose_checkpointing,
@@ -17,6 +18,7 @@ from library.training.choices import (
     choose_fusing,
     choose_graphs,
     choose_parking,
+    choose_selecting,
     recorded,
     told,
 )
@@ -155,7 +157,7 @@ def test_a_resumed_run_repeats_what_was_chosen_and_a_setting_wins(trial, card, c
             choose_fusing(speed, before, CUDA, BF16, lambda: None),
             choose_compiling(speed, before, CUDA, 10, then, None),
             choose_graphs(speed, before, CUDA, None),
-            choose_checkpointing(run, before, CPU, swaps_blocks=False),
+            choose_checkpointing(run, before, CPU, swaps_blocks=False, fuses=False, memory=None),
         ]
 
     for choice in values(SpeedSettings(), RunSettings()):
@@ -177,44 +179,88 @@ def test_values_that_no_setting_has_are_not_repeated(caplog):
     assert attention_wanted("auto", {"anima_attention_backend": True}) == "auto"
 
 
+GIB = 2**30
+# The run takes 18 GiB, 11 selectively, of so many.
+WITHOUT = "without it, the run takes about 18.0 GiB of the"
+ROOMY, TIGHT, SMALL = (StepMemory(18 * GIB, 11 * GIB, limit * GIB) for limit in (22, 15, 10))
+
+
+def checkpointing(memory, fuses=True, before=(), swaps_blocks=False, device=CUDA, **settings):
+    return choose_checkpointing(RunSettings(**settings), dict(before), device, swaps_blocks, fuses, memory)
+
+
 @pytest.mark.parametrize(
-    ("gib", "chosen", "reason"),
+    ("memory", "fuses", "settings", "chosen", "needed", "limit"),
     [
-        (8, True, "the card has 8.0 GiB, less than 30"),
-        (24, True, "the card has 24.0 GiB, less than 30"),
-        (80, False, "the card has 80.0 GiB, 30 or more"),
+        (ROOMY, True, {}, False, 11, 22),
+        (TIGHT, True, {}, False, 11, 15),
+        (SMALL, True, {}, True, 11, 10),
+        (TIGHT, False, {}, True, 18, 15),
+        (TIGHT, True, {"selective_checkpointing": False}, True, 18, 15),
+        (ROOMY, False, {}, False, 18, 22),
     ],
 )
-def test_gradient_checkpointing_follows_the_cards_memory_only_where_it_is_not_set(card, gib, chosen, reason):
-    card(gib)
-    found = choose_checkpointing(RunSettings(), {}, CUDA, swaps_blocks=False)
-    assert found == Choice("gradient_checkpointing", chosen, reason)
+def test_gradient_checkpointing_follows_the_memory_that_the_run_takes(memory, fuses, settings, chosen, needed, limit):
+    reason = f"without it, the run takes about {needed}.0 GiB of the {limit}.0 GiB that the card has for it"
+    assert checkpointing(memory, fuses, **settings) == Choice("gradient_checkpointing", chosen, reason)
     for asked in (True, False):
-        settings = RunSettings(gradient_checkpointing=asked)
-        assert choose_checkpointing(settings, {}, CUDA, False) == Choice("gradient_checkpointing", asked, AS_SET)
+        found = checkpointing(memory, fuses, gradient_checkpointing=asked, **settings)
+        assert found == Choice("gradient_checkpointing", asked, AS_SET)
+
+
+def test_nothing_is_computed_again_on_a_cpu():
+    assert checkpointing(None, device=CPU) == Choice("gradient_checkpointing", False, NO_CUDA)
 
 
 def test_without_checkpointing_a_small_card_goes_on_only_where_the_run_began_on_its_like(card, caplog):
     card(12, "a small card")
     here = recorded([Choice("gradient_checkpointing", False, AS_SET)], CUDA)
-    found = choose_checkpointing(RunSettings(), here, CUDA, swaps_blocks=False)
+    found = checkpointing(SMALL, before=here)
     assert (found.value, found.reason) == (False, AS_BEFORE)
     assert not caplog.text
     elsewhere = {**here, "device": "NVIDIA H200 (140.0 GiB)"}
-    assert choose_checkpointing(RunSettings(), elsewhere, CUDA, swaps_blocks=False).value is True
+    assert checkpointing(SMALL, before=elsewhere).value is True
     assert caplog.messages == [
-        "gradient_checkpointing is on, and not off (as in the resumed run): the card has 12.0 GiB, less than 30"
+        "gradient_checkpointing is on, and not off (as in the resumed run): without it, the run takes about 11.0 GiB "
+        "of the 10.0 GiB that the card has for it"
     ]
-    card(80, "another large card")
-    assert choose_checkpointing(RunSettings(), elsewhere, CUDA, swaps_blocks=False).value is False
+    assert checkpointing(ROOMY, before=elsewhere).value is False
 
 
 def test_swapped_blocks_are_computed_again_whatever_the_resumed_run_did(caplog):
     chosen = Choice("gradient_checkpointing", True, "blocks_to_swap needs it")
-    assert choose_checkpointing(RunSettings(), {}, CPU, swaps_blocks=True) == chosen
+    assert checkpointing(None, swaps_blocks=True, device=CPU) == chosen
     before = recorded([Choice("gradient_checkpointing", False, AS_SET)], CPU)
-    assert choose_checkpointing(RunSettings(), before, CPU, swaps_blocks=True) == chosen
+    assert checkpointing(None, before=before, swaps_blocks=True, device=CPU) == chosen
     assert "is on, and not off (as in the resumed run): blocks_to_swap needs it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("memory", "checkpoints", "fuses", "chosen", "reason"),
+    [
+        (
+            ROOMY,
+            False,
+            True,
+            False,
+            "without it, the run takes about 18.0 GiB of the 22.0 GiB that the card has for it",
+        ),
+        (TIGHT, False, True, True, f"{WITHOUT} 15.0 GiB that the card has for it"),
+        (TIGHT, True, True, False, "gradient_checkpointing is on"),
+        (TIGHT, False, False, False, "fused_blocks is off"),
+        (None, False, False, False, NO_CUDA),
+    ],
+)
+def test_less_is_kept_selectively_where_memory_asks_for_it(caplog, memory, checkpoints, fuses, chosen, reason):
+    def choose(asked):
+        return choose_selecting(RunSettings(selective_checkpointing=asked), checkpoints, fuses, memory)
+
+    assert choose(None) == Choice("selective_checkpointing", chosen, reason)
+    assert choose(False) == Choice("selective_checkpointing", False, AS_SET)
+    assert not caplog.messages
+    can = reason.startswith("without")
+    assert choose(True) == Choice("selective_checkpointing", can, AS_SET if can else reason)
+    assert caplog.messages == ([] if can else [f"selective_checkpointing is off, and not on (as set): {reason}"])
 
 
 @pytest.mark.parametrize(
