@@ -195,18 +195,22 @@ def test_recorded_steps_are_the_plain_ones_bit_for_bit(
 def test_checkpoints_change_no_loss_and_take_less_memory_parked_or_not(real_width_config, in_order):
     """Losses within 1e-3, as a sum may be rounded to bf16 at another place when it is computed again.
 
-    A block leaves some 25 tensors of its input's size for the backward pass, of which the bound asks 10; with
-    checkpoints its input alone. What is parked waits on the card for its copy, five blocks' as well as not parked.
+    What is made again selectively has the same bits. A block leaves some 25 tensors of its input's size for the backward pass, of which
+    the bound asks 10; with checkpoints its input alone, selectively some 14. What is parked waits on the card for its
+    copy, five blocks' as well as not parked.
     """
     kept, again, parked = (
         steps_of(real_width_config, FUSED_RECORDED, run=run_settings(checkpointing, parks))
         for checkpointing, parks in ((False, False), (True, False), (True, True))
     )
+    less = steps_of(real_width_config, FUSED_RECORDED, run=replace(run_settings(False), selective_checkpointing=True))
+    assert same_bits(kept, less)
     assert again.losses == pytest.approx(kept.losses, rel=1e-3)
     assert parked.losses == pytest.approx(kept.losses, rel=1e-3)
     of_input = max(width * height for width, height in SIDES) // 16**2 * real_width_config.width * 2
     assert kept.peak - again.peak > (DEPTH - 1) * 10 * of_input
     assert kept.peak - parked.peak > (DEPTH - 1) * 10 * of_input
+    assert kept.peak - less.peak > (DEPTH - 1) * 8 * of_input
 
 
 @pytest.mark.parametrize(("name", "rate"), [("AdamW8bit", 1e-3), ("Lion8bit", 1e-4), ("AdEMAMix8bit", 1e-3)])
