@@ -254,7 +254,11 @@ class NetworkTrainer(ABC):
             model={**self.model_facts(), **facts_from_weights(settings.network, self.network)},
             model_files=self.model_files(),
             file_hashes=start_hashing(self.model_files()) if is_main else {},
-            data=describe_data(settings.datasets, plan.pictures) | {"num_validation_images": len(plan.validation)},
+            data={
+                **describe_data(settings.datasets, plan.pictures),
+                "num_validation_images": len(plan.validation),
+                "cache_latents": settings.data.caches_latents,
+            },
             network_args=plan.network_arguments,
             num_batches_per_epoch=epoch_steps * run.gradient_accumulation_steps,
             num_epochs=-(-total_steps // epoch_steps),

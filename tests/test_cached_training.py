@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from anima_train_network import main
 from library.anima_runtime.text_encoding import TextEncoder
@@ -58,14 +59,16 @@ def test_random_captions_are_the_same_with_cached_text(config, pictures, losses,
     assert encoded["captions"] == uncached["captions"] + filling
 
 
-def test_latents_on_disk_train_as_those_in_memory(config, pictures, losses, encoded):
+def test_latents_on_disk_train_as_those_in_memory(config, pictures, losses, encoded, tmp_path):
     common = {"train_data_dir": pictures, "max_train_steps": 3, "flip_aug": True, "log_with": "none"}
     main(config(**common))
     assert encoded["pictures"] == 8
     for expected in (16, 16):
-        main(config(**common, cache_latents_to_disk=True))
+        main(config(**common, cache_latents=False, cache_latents_to_disk=True))
         assert encoded["pictures"] == expected
     assert losses[:3] == losses[3:6] == losses[6:]
+    with safe_open(tmp_path / "output" / "tiny.safetensors", "pt") as file:
+        assert file.metadata()["ss_cache_latents"] == "True"
 
 
 def test_a_dataset_cached_ahead_is_all_that_a_run_needs(config, pictures, losses, encoded, tmp_path, capsys):

@@ -13,6 +13,7 @@ from library.settings.optimizer_rules import optimizer_without_effect, warn_of_r
 from library.settings.origins import origin
 from library.settings.root_style_keys import DEFAULT_SOURCE
 from library.settings.tokenizer_rules import tokenizers_without_effect
+from library.training.run import LATEST
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,14 @@ def _no_effect(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "max_train_steps", "max_train_epochs is set, and wins"
     if run.initial_step:
         yield "initial_epoch", "initial_step is set, and wins"
-    if run.resume is not None:
-        for name in ("initial_step", "initial_epoch", "skip_until_initial_step"):
-            yield name, "resume goes on from where the state was saved"
-    else:
+    if run.resume is None:
         yield "resume_ignore_optimizer_mismatch", "resume is not set"
         yield "anima_resume_snapshot_strict", "resume is not set"
-        if not (run.initial_step or run.initial_epoch > 1):
-            yield "skip_until_initial_step", "neither initial_step nor initial_epoch is set"
+    if run.resume not in (None, LATEST):  # of the latest, `find_state` tells: there may be none yet
+        for name in ("initial_step", "initial_epoch", "skip_until_initial_step"):
+            yield name, "resume goes on from where the state was saved"
+    elif not (run.initial_step or run.initial_epoch > 1):
+        yield "skip_until_initial_step", "neither initial_step nor initial_epoch is set"
     if settings.logging.log_with == "none":
         for name in ("logging_dir", "log_prefix", "log_config", "log_tracker_config"):
             yield name, "log_with is none"

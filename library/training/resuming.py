@@ -23,7 +23,12 @@ def find_state(run: RunSettings, saving: SavingSettings, hub: HubSettings) -> Pa
     """
     if run.resume is not None and hub.resume_from_huggingface:
         return download_state(run.resume, hub)
-    return latest_state(saving) if run.resume == LATEST else run.resume
+    if run.resume != LATEST:
+        return run.resume
+    state = latest_state(saving)
+    if state is not None and (run.initial_step or run.initial_epoch > 1):
+        logger.warning("initial_step and initial_epoch do nothing: resume goes on from %s", state)
+    return state
 
 
 def latest_state(saving: SavingSettings) -> Path | None:

@@ -105,6 +105,15 @@ def test_starting_points_without_effect_are_named(needed_flags, caplog, words, n
     assert warning.startswith(f"command line: --{name} does nothing: ")
 
 
+def test_whether_the_latest_state_makes_a_starting_point_useless_is_not_known_yet(workplace, needed_flags, caplog):
+    (workplace / "x-state").mkdir()
+    (workplace / "x-state" / "run_state.json").touch()
+    for resume, told in (("latest", []), ("x-state", ["command line: --initial_step does nothing: resume goes on"])):
+        caplog.clear()
+        read_settings([*needed_flags, "--initial_step", "5", "--resume", resume])
+        assert [message.partition(" from ")[0] for message in caplog.messages] == told
+
+
 def test_epochs_are_counted_from_one(needed_flags):
     """0 is what GUIs write for an empty field."""
     assert "--initial_epoch: -1 is out of range; give 1 or more" in error_of([*needed_flags, "--initial_epoch=-1"])

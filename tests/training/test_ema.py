@@ -91,6 +91,20 @@ def test_a_saved_average_goes_on_as_if_it_had_not_been():
     assert average(first) == 1.0
 
 
+def test_the_average_is_kept_where_it_shall_be():
+    """On the "meta" device, which stands for a card: nothing can be read from it."""
+    network = nn.Linear(2, 2, device="meta")
+    same, cpu = (AdapterEma(EmaSettings(ema_decay=0.5, ema_device=device), network) for device in ("same", "cpu"))
+    same.update(YES.to("meta"))
+    assert {tensor.device.type for tensor in same.state_dict()["average"].values()} == {"meta"}
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        cpu.update(YES)
+    saved = {"updates": 3, "average": {name: torch.ones(2) for name in ("weight", "bias")}}
+    for ema, device in ((same, "meta"), (cpu, "cpu")):
+        ema.load_state_dict(saved)
+        assert {tensor.device.type for tensor in ema.state_dict()["average"].values()} == {device}
+
+
 def test_frozen_weights_are_not_averaged():
     network = network_at(1.0)
     network.bias.requires_grad_(False)

@@ -222,6 +222,14 @@ def test_rollbacks_that_do_not_help_end_the_run():
         run.guard.check([run.step(1.0), run.step(NAN)], run.state)
 
 
+@pytest.mark.parametrize("policy", ["skip", "warn", "raise"])
+def test_nothing_is_copied_to_main_memory_where_nothing_goes_back(policy, monkeypatch):
+    monkeypatch.setattr("library.training.guard.HostCopy", lambda parts: pytest.fail("a copy was made"))
+    run = Run(policy)
+    for _ in range(2):
+        run.guard.check([run.step(1.0) for _ in range(50)], run.state)
+
+
 def test_one_copy_serves_several_rollbacks():
     run = Run("rollback")
     run.guard.check([run.step(1.0) for _ in range(50)], run.state)

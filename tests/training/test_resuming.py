@@ -51,6 +51,17 @@ def test_without_a_state_the_run_begins(saving):
     assert find_state(RunSettings(resume=Path("x-state")), saving, HubSettings()) == Path("x-state")
 
 
+@pytest.mark.parametrize("start", [{"initial_step": 5}, {"initial_epoch": 2}])
+def test_that_a_start_is_set_in_vain_is_told_where_a_state_is_found(tmp_path, saving, caplog, start):
+    run = RunSettings(resume=LATEST, **start)
+    find_state(run, saving, HubSettings())
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+    folder = state(tmp_path, "a-step00000007-state", 7, saved_at=1.0)
+    find_state(run, saving, HubSettings())
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == f"initial_step and initial_epoch do nothing: resume goes on from {folder}"
+
+
 @pytest.mark.parametrize(("epoch_steps", "place"), [(3, (1, 0)), (4, (1, 0)), (5, (0, 4))])
 def test_a_resumed_epoch_that_has_become_shorter_is_over(epoch_steps, place, caplog):
     state = RunState(step=4, epoch=0, step_in_epoch=4)

@@ -3,7 +3,7 @@
 import pytest
 
 from library.errors import SettingError
-from library.training.rotation import check_nothing_overwritten, clear_killed_saves, remove_outdated
+from library.training.rotation import check_nothing_overwritten, clear_killed_saves, remove_outdated, size_of
 from library.training.saving import SavingSettings, saved_name
 
 
@@ -101,6 +101,14 @@ def test_sample_pictures_in_the_making_are_removed_and_those_of_other_runs_stay(
     fill(tmp_path / "sample", *own, *others)
     clear_killed_saves(settings_for(tmp_path))
     assert left(tmp_path / "sample") == sorted(others)
+
+
+def test_the_size_of_a_file_and_of_a_states_folder(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(bytes(5))
+    (tmp_path / "a-state").mkdir()
+    for name, size in (("optimizer.pt", 7), ("run_state.json", 11)):
+        (tmp_path / "a-state" / name).write_bytes(bytes(size))
+    assert [size_of(tmp_path / name) for name in ("a.safetensors", "a-state", "removed")] == [5, 18, 0]
 
 
 def test_names_are_taken_apart():
