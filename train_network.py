@@ -90,6 +90,7 @@ from networks.setup import (
     check_network,
     create_network,
     facts_from_weights,
+    merge_base_weights,
     prove_loadable,
     summary_table,
 )
@@ -370,6 +371,7 @@ class NetworkTrainer(ABC):
     def load_and_attach(self, plan: RunPlan) -> None:
         """Loads the models and attaches a new network to them, proven to load where it will be used."""
         settings, models = self.settings, self.load_models()
+        merge_base_weights(settings.network, *models)
         self.network = create_network(settings.network, plan.network_module, plan.network_arguments, *models)
         attach_network(settings.network, self.network, *models, self.device)
         check_network(settings.network, self.network, settings.data.caches_text)

@@ -161,16 +161,20 @@ def check_network(settings: NetworkSettings, network: Network, caches_text: bool
         raise SettingError("network_train_unet_only contradicts network_args train_text_encoder: drop one of them")
 
 
-def attach_network(
-    settings: NetworkSettings, network: Network, model: nn.Module, text_encoder: nn.Module, device: torch.device
-) -> None:
-    """Merges base_weights into the model, attaches the network, moves it, in float32, and loads network_weights."""
+def merge_base_weights(settings: NetworkSettings, model: nn.Module, text_encoder: nn.Module) -> None:
+    """Merges base_weights into the model, before a network is made for it: DoRA starts from the weights it finds."""
     for file, multiplier in zip_longest(settings.base_weights, settings.base_weights_multiplier, fillvalue=1.0):
         base, _ = create_network_from_weights(
             multiplier, file, None, text_encoder, model, allow_partial=settings.allow_partial_weights
         )
         base.merge_to(text_encoder, model)
         logger.info("merged %s into the model, multiplied by %g", Path(file).name, multiplier)
+
+
+def attach_network(
+    settings: NetworkSettings, network: Network, model: nn.Module, text_encoder: nn.Module, device: torch.device
+) -> None:
+    """Attaches the network, moves it, in float32, and loads network_weights."""
     network.apply_to(text_encoder, model, not settings.network_train_unet_only, True)
     network.to(device, torch.float32)
     if settings.network_weights is not None and not settings.dim_from_weights:

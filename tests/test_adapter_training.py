@@ -112,6 +112,23 @@ def test_base_weights_are_merged_before_training(config, losses, tmp_path):
     assert merged_at_zero == pytest.approx(plain, rel=1e-6)
 
 
+def test_dora_starts_from_the_model_that_base_weights_were_merged_into(config, written, tiny_anima, tmp_path):
+    """Untrained it changes nothing: ComfyUI multiplies the rows of the merged W by dora_scale / ‖W‖."""
+    assert main(config(max_train_steps=12, learning_rate=1e-2, network_module=LOKR)) == 0
+    start = (tmp_path / "output" / "tiny.safetensors").rename(tmp_path / "start.safetensors")
+    words = config(base_weights=[str(start)], network_args=["dora=true"], learning_rate=1e-12, max_train_steps=1)
+    assert main(words) == 0
+    model, changes = load_file(tiny_anima / "anima.safetensors"), deltas(start)
+    scales = {key: tensor for key, tensor in written().items() if key.endswith(".dora_scale")}
+    assert len(scales) == 40
+    for key, scale in scales.items():
+        path = key.removeprefix("diffusion_model.").removesuffix(".dora_scale")
+        weight = model[f"net.{path}.weight"].float()
+        merged = weight.double() + changes[path].double()
+        torch.testing.assert_close(scale.double(), merged.norm(dim=1, keepdim=True), rtol=1e-5, atol=0)
+        assert not torch.allclose(scale, weight.norm(dim=1, keepdim=True), rtol=1e-3)
+
+
 @pytest.mark.parametrize("arguments", [["factor=4"], ["factor=4", "decompose_both=true"], ["full_matrix=true"]])
 def test_dim_from_weights_takes_lokrs_structure_from_the_file(config, written, tmp_path, arguments):
     """The rank is lokr_w2_b's, the factor and whole matrices are seen: nothing of it is told to the second run."""

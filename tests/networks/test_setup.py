@@ -15,6 +15,7 @@ from networks.setup import (
     create_network,
     import_network_module,
     may_change_text_encoder,
+    merge_base_weights,
     network_arguments,
     prove_loadable,
     summary_table,
@@ -25,6 +26,7 @@ CPU = torch.device("cpu")
 
 def build(settings, model, text_encoder, given=()):
     arguments = network_arguments(settings, given)
+    merge_base_weights(settings, model, text_encoder)
     network = create_network(settings, import_network_module(settings.network_module), arguments, model, text_encoder)
     attach_network(settings, network, model, text_encoder, CPU)
     return network
