@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from library.errors import ModelFileError, SettingError, first_ten
 from networks.adapter import Adapter
 from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
-from networks.adapter_types import Adapters
+from networks.adapter_types import Adapters, tensor_shapes
 from networks.arguments import NO_ARGUMENTS, NetworkArguments, by_pattern
 from networks.norm import NormDelta
 from networks.patterns import value_for
 from networks.targets import LLM_ADAPTER_PREFIX, TEXT_ENCODER_PREFIX, named_modules
+
+# Other trainers save alphas in bf16 as well, which keeps 8 bits.
+_ALPHA_ROUNDING = 2**-8
 
 
 class AdapterNetwork(nn.Module):
@@ -167,24 +171,28 @@ class AdapterNetwork(nn.Module):
     def read_weights(self, file: str | Path, allow_partial: bool = False) -> Adapters:
         """An adapter file that fits this network.
 
-        Raises ModelFileError naming what of the file finds no place here: modules, or tensors of other shapes. With
-        allow_partial modules without a place are left out with a warning.
+        Raises ModelFileError naming what of the file does not fit: modules, tensors of other shapes, or an alpha other
+        than the network's. With allow_partial modules without a place are left out with a warning.
         """
         shapes = {path: adapter.weight_shape for path, adapter in self.adapters.items()}
         given, _ = load_adapter_file(Path(file), shapes, allow_partial)
-        misfits = [f"{path}: {problem}" for path in given if (problem := self._misfit(path, given[path]))]
-        if misfits:
+        own = self.adapter_tensors()
+        if misfits := [problem for path in given if (problem := misfit(path, given[path], own[path]))]:
             raise ModelFileError(
                 f"{file} does not fit this network (dim_from_weights builds one that it fits): {first_ten(misfits)}"
             )
         return given
 
-    def _misfit(self, path: str, given: Mapping[str, Tensor]) -> str | None:
-        own = {suffix: tuple(tensor.shape) for suffix, tensor in self.adapters[path].tensors().items()}
-        theirs = {suffix: tuple(tensor.shape) for suffix, tensor in given.items()}
-        if {"alpha": (), **theirs} == {"alpha": (), **own}:
-            return None
-        return f"it has {theirs}, expected {own}"
+
+def misfit(path: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """What of a file's tensors for the module at `path` does not fit the network's own, if anything."""
+    if tensor_shapes(given) != tensor_shapes(own):
+        return f"{path} has {tensor_shapes(given)}, expected {tensor_shapes(own)}"
+    if "alpha" in own:
+        theirs, ours = float(given["alpha"]), float(own["alpha"])
+        if not math.isclose(theirs, ours, rel_tol=_ALPHA_ROUNDING):
+            return f"{path} has alpha {theirs:g}, the network {ours:g}: set network_alpha"
+    return None
 
 
 def part_of(path: str) -> str:

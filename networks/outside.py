@@ -16,7 +16,7 @@ from networks.adapter_files import export_tensors, load_adapter_file, save_adapt
 from networks.adapter_types import Adapters, tensor_shapes, weight_shape
 from networks.key_formats import FileKey, find_keys, parse_keys
 from networks.module_names import module_names_covering
-from networks.network import numbered, part_of
+from networks.network import misfit, numbered, part_of
 from networks.settings import NetworkSettings
 from networks.targets import named_modules
 
@@ -181,7 +181,7 @@ class OutsideNetwork(nn.Module):
         own = self.adapter_tensors()
         shapes = {path: weight_shape(path, tensor_shapes(tensors)) for path, tensors in own.items()}
         given, _ = load_adapter_file(Path(file), shapes, allow_partial)
-        if misfits := [problem for path in given if (problem := _misfit(path, given[path], own[path]))]:
+        if misfits := [problem for path in given if (problem := misfit(path, given[path], own[path]))]:
             raise ModelFileError(f"{file} does not fit this network: {first_ten(misfits)}")
         tensors = {
             name: given[key.path][key.suffix]
@@ -201,12 +201,3 @@ def _in_dtype_of_input(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return forward(x, *arguments, **named).to(x.dtype)
 
     return run
-
-
-def _misfit(path: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    if tensor_shapes(given) != tensor_shapes(own):
-        return f"{path} has {tensor_shapes(given)}, expected {tensor_shapes(own)}"
-    alphas = [float(tensors["alpha"]) for tensors in (given, own) if "alpha" in tensors]
-    if len(set(alphas)) > 1:
-        return f"{path} has alpha {alphas[0]:g}, the network {alphas[1]:g}: set network_alpha"
-    return None

@@ -216,7 +216,7 @@ def test_alpha_is_saved_in_float32_whatever_the_precision(model, tmp_path, dtype
 def test_a_saved_file_loads_into_the_same_network_and_rebuilds_one(model, tmp_path):
     network = randomised(make_network(model, rank=3, alpha=7.0))
     network.save_weights(tmp_path / "a.safetensors", None, None)
-    fresh = make_network(model, rank=3, alpha=1.0)
+    fresh = make_network(model, rank=3, alpha=7.0)
     fresh.load_weights(tmp_path / "a.safetensors")
     rebuilt, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, None, model)
     for other in (fresh, rebuilt):
@@ -236,6 +236,29 @@ def test_a_file_that_does_not_fit_is_refused_with_names(model, tmp_path):
     save_file({"lora_unet_blocks_0.alpha": torch.ones(())}, tmp_path / "foreign.safetensors")
     with pytest.raises(ModelFileError, match="lora_unet_blocks_0"):
         make_network(model).load_weights(tmp_path / "foreign.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "theirs"),
+    [({"alpha": 1.0}, "1"), ({"rs_lora": "true"}, "4"), ({"network_reg_alphas": "layer1=3"}, "3"), ({"alpha": 0}, "4")],
+)
+def test_a_file_of_another_alpha_is_refused_rather_than_that_the_settings_are_not_obeyed(
+    model, tmp_path, arguments, theirs
+):
+    make_network(model, rank=4, alpha=2.0).save_weights(tmp_path / "a.safetensors", None, None)
+    message = rf"dim_from_weights.*blocks\.0\.\S+ has alpha 2, the network {theirs}: set network_alpha"
+    with pytest.raises(ModelFileError, match=message):
+        make_network(model, **{"rank": 4, **arguments}).load_weights(tmp_path / "a.safetensors")
+
+
+def test_an_alpha_that_its_number_format_rounded_is_the_files(model, tmp_path):
+    """0.3 is 0.30078125 in bf16."""
+    network = randomised(make_network(model, alpha=0.3, train_norm=False))
+    tensors = {key: tensor.bfloat16() for key, tensor in network.export().items()}
+    save_file(tensors, tmp_path / "bf16.safetensors")
+    fresh = make_network(model, alpha=0.3, train_norm=False)
+    fresh.load_weights(tmp_path / "bf16.safetensors")
+    assert {adapter.alpha for adapter in fresh.adapters.values()} == {0.30078125}
 
 
 def test_what_a_file_lacks_stays_as_it_is(model, tmp_path):
