@@ -39,7 +39,7 @@ from library.training.captured import CapturedBackward
 from library.training.choices import Choice, choose_compiling, choose_fusing, choose_graphs, recorded, told
 from library.training.ema import AdapterEma
 from library.training.flat_adamw import FlatAdamW
-from library.training.guard import Guard, lowered_rates
+from library.training.guard import Guard
 from library.training.host_copy import reserve_host_memory
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
@@ -48,7 +48,13 @@ from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import LossAverages, Meter
 from library.training.model_hashes import start_hashing
 from library.training.monitor import Monitor
-from library.training.optimizers import averaged_weights, check_optimizer, learning_rates, make_optimizer
+from library.training.optimizers import (
+    averaged_weights,
+    check_optimizer,
+    make_optimizer,
+    rates_before_step,
+    rates_of_step,
+)
 from library.training.preflight import (
     check_fit,
     load_largest,
@@ -118,6 +124,7 @@ class NetworkTrainer(ABC):
         self.saver = Saver(settings.saving, Uploader(settings.hub) if settings.hub.huggingface_repo_id else None)
         self.state = RunState()
         self.records = StepRecords(gather_lists)
+        self.rates_before: Mapping[str, float | Tensor] = {}  # of the last step, from before it
         self.validation: Validation | None = None
 
     # --- hooks: what the model is ---
@@ -474,6 +481,7 @@ class NetworkTrainer(ABC):
         norm = nn.utils.get_total_norm([parameter.grad for parameter in self.trained if parameter.grad is not None])
         if self.settings.optimizer.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.trained, self.settings.optimizer.max_grad_norm, norm)
+        self.rates_before = rates_before_step(parts.optimizer, self.state.rate_factor)
         moved = self.guard.step(mean_loss, norm, self.state)
         parts.scaler.update()
         most_norm = self.settings.network.scale_weight_norms
@@ -502,9 +510,8 @@ class NetworkTrainer(ABC):
         return total.detach()
 
     def rates(self) -> dict[str, float]:
-        """The learning rates that act, by curve."""
-        with lowered_rates(self.parts.optimizer, self.state.rate_factor):
-            return learning_rates(self.parts.optimizer)
+        """The learning rates of the last step, by curve."""
+        return rates_of_step(self.parts.optimizer, self.rates_before)
 
     # --- validation ---
 

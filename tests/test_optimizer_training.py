@@ -20,6 +20,25 @@ SCHEDULE_FREE = {
 }
 
 
+@pytest.fixture
+def weights(monkeypatch) -> list[torch.Tensor]:
+    """All of the adapter's weights before the first step and after each."""
+    seen, step = [], AnimaNetworkTrainer.step
+
+    def keep(trainer) -> None:
+        seen.append(torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()]))
+
+    def recorded(self, *arguments):
+        if not seen:
+            keep(self)
+        loss = step(self, *arguments)
+        keep(self)
+        return loss
+
+    monkeypatch.setattr(AnimaNetworkTrainer, "step", recorded)
+    return seen
+
+
 def adapter(folder: Path, name: str = "tiny") -> dict[str, torch.Tensor]:
     return load_file(folder / f"{name}.safetensors")
 
@@ -79,10 +98,20 @@ def curves(logs: Path) -> dict[str, list[float]]:
     return {name: [point.value for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
+def test_the_curve_shows_the_rate_that_each_step_took(config, tmp_path, weights):
+    """One step of warm-up and two of falling: 0, 1 and 1/2 of the rate. At 0, nothing moves."""
+    words = config(lr_scheduler="linear", lr_warmup_steps=1, max_train_steps=3, log_every_n_steps=1)
+    assert main(words) == 0
+    assert curves(tmp_path / "logs")["lr/transformer"] == pytest.approx([0, 1e-3, 5e-4])
+    start, first, second, _ = weights
+    assert torch.equal(start, first) and not torch.equal(first, second)
+
+
 def test_the_curve_of_prodigys_own_rate_rises(config, tmp_path):
     pytest.importorskip("prodigyopt")
     assert main(config(optimizer_type="Prodigy", learning_rate=1, max_train_steps=5, log_every_n_steps=1)) == 0
     seen = curves(tmp_path / "logs")
+    assert seen["lr/d*lr/transformer"][0] == pytest.approx(1e-6)  # d0, by which the first step goes
     assert seen["lr/transformer"] == [1.0] * 5
     assert seen["lr/d*lr/transformer"] == seen["lr/d*lr/llm_adapter"]
     assert seen["lr/d*lr/transformer"][0] < seen["lr/d*lr/transformer"][-1]

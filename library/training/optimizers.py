@@ -206,14 +206,27 @@ def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
                 parameter.copy_(values)
 
 
-def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Rates by curve: lr/<group>, and lr/d*lr/<group> where the optimizer finds d. Waits for the device."""
+def rates_before_step(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float | torch.Tensor]:
+    """What the step to come goes by, as `rates_of_step` takes it; nothing waits for the device.
+
+    By curve: lr/<group>, and lr/d*lr/<group> where the optimizer finds d. factor: multiplies the scheduled rates.
+    """
     rates = {}
     for group in optimizer.param_groups:
-        rates[f"lr/{group['name']}"] = float(_own_rate(optimizer, group) if sets_own_rate(optimizer) else group["lr"])
+        rate = rates[f"lr/{group['name']}"] = group["lr"] * factor
         if finds_own_rate(optimizer):
-            rates[f"lr/d*lr/{group['name']}"] = float(group["d"] * group["lr"])
+            rates[f"lr/d*lr/{group['name']}"] = group["d"] * rate
     return rates
+
+
+def rates_of_step(optimizer: torch.optim.Optimizer, before: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """The rates by curve of the step that was just taken. Waits for the device.
+
+    before: from `rates_before_step`, as optimizers find the next d, and schedules the next rate, at the end of a step.
+    """
+    if sets_own_rate(optimizer):  # from the weights and the number of the step, which its state holds from then on
+        return {f"lr/{group['name']}": float(_own_rate(optimizer, group)) for group in optimizer.param_groups}
+    return {curve: float(rate) for curve, rate in before.items()}
 
 
 def _own_rate(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | torch.Tensor:

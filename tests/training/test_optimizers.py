@@ -12,9 +12,10 @@ from library.training.optimizers import (
     OptimizerSettings,
     averaged_weights,
     check_optimizer,
-    learning_rates,
     make_optimizer,
     optimizer_arguments,
+    rates_before_step,
+    rates_of_step,
 )
 
 CPU = torch.device("cpu")
@@ -182,31 +183,48 @@ def test_weights_come_back_after_an_error():
 def test_rates_of_the_curves():
     optimizer = made_or_skip("AdamW")
     optimizer.param_groups[1]["lr"] = 0.02
-    assert learning_rates(optimizer) == {"lr/first": 0.05, "lr/rest": 0.02}
+    before = rates_before_step(optimizer, factor=0.5)
+    optimizer.param_groups[1]["lr"] = 0.3  # as the schedule does for the next step
+    assert rates_of_step(optimizer, before) == {"lr/first": 0.025, "lr/rest": 0.01}
 
 
 def test_the_rate_that_prodigy_finds_is_on_a_curve():
     parameters = new_parameters()
     optimizer = made_or_skip("Prodigy", parameters, 0.5)
-    train(optimizer, parameters, 5)
-    rates = learning_rates(optimizer)
-    assert rates["lr/first"] == 0.5
-    assert rates["lr/d*lr/first"] == rates["lr/d*lr/rest"] == 0.5 * optimizer.param_groups[0]["d"] > 0.5e-6
+    seen = []
+    for _ in range(5):
+        before = rates_before_step(optimizer, factor=1.0)
+        train(optimizer, parameters, 1)
+        seen.append(rates_of_step(optimizer, before))
+    assert all(rates["lr/first"] == 0.5 and rates["lr/d*lr/first"] == rates["lr/d*lr/rest"] for rates in seen)
+    found = [rates["lr/d*lr/first"] for rates in seen]
+    assert found[0] == pytest.approx(0.5e-6)  # the first step goes by d0, which is 1e-6
+    assert found[0] < found[-1] < 0.5 * optimizer.param_groups[0]["d"]
+
+
+def test_nothing_is_read_from_the_device_before_a_step():
+    """The "meta" device stands for a card: nothing can be read from it."""
+    optimizer = made_or_skip("Prodigy", rate=0.5)
+    for group in optimizer.param_groups:
+        group["d"] = torch.ones((), device="meta")
+    assert rates_before_step(optimizer, factor=0.5)["lr/d*lr/first"].is_meta
 
 
 def test_adafactor_uses_learning_rate_only_without_relative_step():
     """Adafactor's own rate: max(0.001, RMS of the weights) times 1 / sqrt(step), at most 1 % (arXiv 1804.04235)."""
     parameters = [torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.ones(2))]
     optimizer = made_or_skip("AdaFactor", parameters, rate=123.0)
-    assert learning_rates(optimizer) == {"lr/first": 0.0, "lr/rest": 0.0}
+    before = rates_before_step(optimizer, factor=1.0)
+    assert rates_of_step(optimizer, before) == {"lr/first": 0.0, "lr/rest": 0.0}
     train(optimizer, parameters, 1)
-    assert learning_rates(optimizer) == pytest.approx({"lr/first": 0.02, "lr/rest": 0.01})
+    assert rates_of_step(optimizer, before) == pytest.approx({"lr/first": 0.02, "lr/rest": 0.01})
     assert parameters[0].detach().flatten().tolist() == pytest.approx([1.98] * 4, abs=1e-4)
 
     parameters = [torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.ones(2))]
     optimizer = made_or_skip("AdaFactor", parameters, 0.25, ("relative_step=False", "scale_parameter=False"))
+    before = rates_before_step(optimizer, factor=1.0)
     train(optimizer, parameters, 1)
-    assert learning_rates(optimizer) == {"lr/first": 0.25, "lr/rest": 0.25}
+    assert rates_of_step(optimizer, before) == {"lr/first": 0.25, "lr/rest": 0.25}
     assert parameters[0].detach().flatten().tolist() == pytest.approx([1.75] * 4, abs=1e-4)
 
 
