@@ -195,9 +195,9 @@ def test_recorded_steps_are_the_plain_ones_bit_for_bit(
 def test_checkpoints_change_no_loss_and_take_less_memory_parked_or_not(real_width_config, in_order):
     """Losses within 1e-3, as a sum may be rounded to bf16 at another place when it is computed again.
 
-    What is made again selectively has the same bits. A block leaves some 25 tensors of its input's size for the backward pass, of which
-    the bound asks 10; with checkpoints its input alone, selectively some 14. What is parked waits on the card for its
-    copy, five blocks' as well as not parked.
+    What is made again selectively has the same bits. A block leaves some 25 tensors of its input's size for the
+    backward pass, of which the bound asks 10; with checkpoints its input alone, selectively some 14. What is parked
+    waits on the card for its copy, five blocks' as well as not parked.
     """
     kept, again, parked = (
         steps_of(real_width_config, FUSED_RECORDED, run=run_settings(checkpointing, parks))

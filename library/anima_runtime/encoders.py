@@ -7,11 +7,11 @@ checked or loaded, and nowhere else on the way to the first step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property
+import threading
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -30,6 +30,27 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = (".json", ".txt", ".model")
 
 
+T = TypeVar("T")
+
+
+class _Once(Generic[T]):
+    """A value that is made when it is first asked for, by one thread while others wait."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: T | None = None
+
+    def value(self) -> T:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def if_made(self) -> T | None:
+        with self._lock:
+            return self._made
+
+
 class LazyVAE:
     """The VAE of a file or folder.
 
@@ -43,6 +64,7 @@ class LazyVAE:
         self._stamps = _stamps_of(path)
         self._identity = known.identity(self._name, self._stamps)
         self.is_known = self._identity is not None
+        self._once, self._stays = _Once(self._load), True
 
     def check(self) -> None:
         """Raises what loading it would, from the file's header alone."""
@@ -50,16 +72,14 @@ class LazyVAE:
 
         check_vae_file(self._path)
 
-    @cached_property
+    @property
     def loaded(self) -> AnimaVAE:
         """The VAE, on the device until it is moved. Raises ModelFileError for a wrong file."""
-        from library.anima_runtime.vae import load_vae
-
-        return load_vae(self._path, self._dtype, self._device)
+        return self._once.value()
 
     def load(self) -> None:
         """Has it loaded, if it is not yet."""
-        _ = self.loaded
+        self._once.value()
 
     def identity(self) -> str:
         """32 hex digits that latents depend on, beside the picture."""
@@ -69,9 +89,17 @@ class LazyVAE:
         return self._identity
 
     def leave_device(self) -> None:
-        """Moves it to main memory, if it was loaded at all."""
-        if "loaded" in self.__dict__:
-            self.loaded.to("cpu")
+        """Moves it to main memory; if it is not loaded yet, once it is."""
+        self._stays = False
+        vae = self._once.if_made()
+        if vae is not None:
+            vae.to("cpu")
+
+    def _load(self) -> AnimaVAE:
+        from library.anima_runtime.vae import load_vae
+
+        vae = load_vae(self._path, self._dtype, self._device)
+        return vae if self._stays else vae.to("cpu")
 
 
 class LazyTextEncoder:
@@ -97,7 +125,7 @@ class LazyTextEncoder:
         self._stamps = _stamps_of(path, qwen_plan.folder, t5_plan.folder)
         self._identity = known.identity(self._name, self._stamps)
         self.is_known = self._identity is not None
-        self._stays = True
+        self._once, self._stays = _Once(self._load), True
 
     def plan_qwen(self) -> Qwen3Model:
         """Qwen3 without weights, on the meta device; raises what loading it would, from the files' headers alone."""
@@ -105,22 +133,14 @@ class LazyTextEncoder:
 
         return plan_qwen3(self._path)
 
-    @cached_property
+    @property
     def loaded(self) -> TextEncoder:
         """Raises ModelFileError for wrong files, and for tokenizers that cannot be downloaded."""
-        from library.anima_runtime.qwen3 import load_qwen3
-        from library.anima_runtime.tokenizers import provide_qwen_tokenizer, provide_t5_tokenizer
-
-        # Tokenizers first: their download may fail, and Qwen3 takes longer.
-        tokenizers = provide_qwen_tokenizer(self._qwen_plan), provide_t5_tokenizer(self._t5_plan, self._t5_is_strict)
-        encoder = TextEncoder(load_qwen3(self._path, self._dtype, self._device), *tokenizers)
-        if not self._stays:
-            encoder.leave_device()
-        return encoder
+        return self._once.value()
 
     def load(self) -> None:
         """Has it loaded, if it is not yet."""
-        _ = self.loaded
+        self._once.value()
 
     def identity(self) -> str:
         """See TextEncoder."""
@@ -132,12 +152,24 @@ class LazyTextEncoder:
     def leave_device(self) -> None:
         """See TextEncoder."""
         self._stays = False
-        if "loaded" in self.__dict__:
-            self.loaded.leave_device()
+        encoder = self._once.if_made()
+        if encoder is not None:
+            encoder.leave_device()
 
     def encode(self, captions: Sequence[str], with_gradient: bool = False) -> list[CaptionStates]:
         """See TextEncoder."""
         return self.loaded.encode(captions, with_gradient)
+
+    def _load(self) -> TextEncoder:
+        from library.anima_runtime.qwen3 import load_qwen3
+        from library.anima_runtime.tokenizers import provide_qwen_tokenizer, provide_t5_tokenizer
+
+        # Tokenizers first: their download may fail, and Qwen3 takes longer.
+        tokenizers = provide_qwen_tokenizer(self._qwen_plan), provide_t5_tokenizer(self._t5_plan, self._t5_is_strict)
+        encoder = TextEncoder(load_qwen3(self._path, self._dtype, self._device), *tokenizers)
+        if not self._stays:
+            encoder.leave_device()
+        return encoder
 
 
 def _stamps_of(model: Path, *tokenizers: Path) -> FileStamps:

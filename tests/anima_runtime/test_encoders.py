@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from library.anima_runtime import known_models
+from library.anima_runtime import vae as vae_module
 from library.anima_runtime.encoders import LazyTextEncoder, LazyVAE
 from library.anima_runtime.known_models import KnownModels
 from library.anima_runtime.qwen3 import load_qwen3
@@ -41,7 +45,7 @@ def lazy_text_encoder(models: Path) -> LazyTextEncoder:
 
 
 def is_loaded(encoder: LazyVAE | LazyTextEncoder) -> bool:
-    return "loaded" in vars(encoder)
+    return encoder._once.if_made() is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,6 +73,26 @@ def test_a_text_encoder_is_known_with_its_tokenizers(models):
         lazy_text_encoder(models).identity()
         (models / changed).touch()
         assert not lazy_text_encoder(models).is_known, changed
+
+
+def test_who_was_to_leave_before_it_was_loaded_lies_in_main_memory(models, monkeypatch):
+    """A cached latent that was lost in mid-run has the VAE loaded as late as that, beside recorded steps."""
+    loaded = Mock()
+    monkeypatch.setattr(vae_module, "load_vae", lambda *_: loaded)
+    vae = lazy_vae(models)
+    vae.leave_device()
+    vae.load()
+    loaded.to.assert_called_once_with("cpu")
+
+
+def test_several_threads_load_it_once(models, monkeypatch):
+    """Loader threads read pictures side by side."""
+    loads, load = [], vae_module.load_vae
+    monkeypatch.setattr(vae_module, "load_vae", lambda *where: time.sleep(0.05) or loads.append(where) or load(*where))
+    vae = lazy_vae(models)
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(lambda _: id(vae.loaded), range(4)))
+    assert len(found) == len(loads) == 1
 
 
 def test_wrong_files_are_told_from_their_headers(models):
