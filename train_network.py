@@ -70,6 +70,7 @@ from library.training.processes import (
     sum_gradients,
     wait_for_all,
 )
+from library.training.progress import closing_line
 from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
@@ -276,7 +277,7 @@ class NetworkTrainer(ABC):
         )
         self.tracker = tracker = Tracker(settings.logging, saving.output_name, total_steps, self.flat_settings, is_main)
         self.samples = SampleFiles(saving.output_dir, saving.output_name, resumed=plan.resume is not None)
-        meter = Meter(self.state.step, self.device)
+        meter = Meter()
         meter.averages = LossAverages(**self.state.averages)
         self.log_points = log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
         with closing(tracker), kept_as_is(), stop_requests() as stop, self.saving_before_errors():
@@ -285,7 +286,8 @@ class NetworkTrainer(ABC):
             if plan.resume is None:
                 self.validate()
 
-            logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, total_steps)
+            steps_left = total_steps - self.state.step
+            logger.info("ready after %.1f s; training %d steps", time.perf_counter() - started, steps_left)
             at_once = judges_at_once(settings.monitor, settings.guard)
             self.network.train()
             if is_main:
@@ -331,7 +333,7 @@ class NetworkTrainer(ABC):
             if self.state.step < total_steps:  # stopped, and there may be steps behind the last log point
                 log_points.reach(self.state.step, self.rates())
             log_points.look(self.state)
-            logger.info("%s", meter.summary())
+            logger.info("%s", closing_line(self.state.step, tracker.pace.seconds_per_step, self.device))
             if self.state.step < total_steps:
                 self.save_interrupted()
             else:

@@ -57,6 +57,17 @@ def test_a_run_tells_its_course_and_writes_a_report(config, losses, tiny_anima, 
     assert re.search(r"^step 4 of 4: loss \d", console, re.MULTILINE)
 
 
+def test_a_run_tells_one_speed_and_a_resumed_one_the_steps_that_are_left(config, tmp_path, capsys):
+    common = {"max_train_steps": 5, "log_every_n_steps": 1}
+    assert main(config(**common, save_every_n_steps=3, save_state=True)) == 0
+    said = capsys.readouterr().err
+    assert "; training 5 steps\n" in said
+    last, closing = re.findall(r"([\d.e-]+) s a step", said)[-2:]
+    assert last == closing and f"trained up to step 5, {closing} s a step\n" in said
+    assert main(config(**common, resume=tmp_path / "output" / "tiny-step00000003-state")) == 0
+    assert "; training 2 steps\n" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_tells_so(config, monkeypatch, tmp_path):
     step = AnimaNetworkTrainer.step
 

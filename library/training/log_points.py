@@ -77,7 +77,7 @@ class LogPoints:
         (step, rates), self._reached = self._reached, None
         records, weights_norm = self._records.finish()
         found = self._monitor.look(records, weights_norm)
-        losses = self._meter.read(step, [record.loss for record in records])
+        losses = self._meter.read([record.loss for record in records])
         self._tracker.log({**losses, **rates, **found.values}, step)
         self._tracker.look(records, found.alerts, step)
         self._guard.check(records, state)

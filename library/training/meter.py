@@ -1,14 +1,10 @@
-"""Losses and speed of a run, between its log points."""
+"""The losses of a run, between its log points."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass
@@ -31,25 +27,19 @@ class LossAverages:
 
 
 class Meter:
-    """Draws losses and speed at log points. averages: as of the last one."""
+    """Draws losses at log points. averages: as of the last one."""
 
-    def __init__(self, step: int, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.averages = LossAverages()
-        self._device = device
         self._current = 0.0
-        self._step_seconds: list[float] = []
-        self._last_step, self._last_time = step, time.perf_counter()
 
-    def read(self, step: int, losses: Sequence[float]) -> dict[str, float]:
-        """The curves' values at a log point after `step` steps. losses: those of the steps since the last log point.
+    def read(self, losses: Sequence[float]) -> dict[str, float]:
+        """The curves' values at a log point. losses: those of the steps since the last one.
 
         loss/average is the mean of the first 50 steps, and from then on their exponential moving average (decay 0.98).
         """
         self.averages.take_in(losses)
         self._current = losses[-1] if losses else self._current
-        now = time.perf_counter()
-        self._step_seconds.append((now - self._last_time) / (step - self._last_step))
-        self._last_step, self._last_time = step, now
         return {"loss/current": self._current, "loss/average": self.averages.average}
 
     def close_epoch(self) -> float:
@@ -58,12 +48,3 @@ class Meter:
         mean = known.epoch_sum / known.epoch_steps if known.epoch_steps else math.nan
         known.epoch_sum, known.epoch_steps = 0.0, 0
         return mean
-
-    def summary(self) -> str:
-        """One line for the end of a run."""
-        if not self._step_seconds:
-            return "no step was trained"
-        text = f"{1000 * statistics.median(self._step_seconds):.0f} ms a step (median over log points)"
-        if self._device.type == "cuda":
-            text += f", peak memory {torch.cuda.max_memory_allocated(self._device) / 2**30:.2f} GiB"
-        return text

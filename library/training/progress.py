@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from library.training.sinks import Sink
 
 PROGRESS_FILE = "progress.jsonl"
@@ -19,11 +21,15 @@ _LOG_POINTS = 20
 
 
 class Pace:
-    """Speed and time left, from the times of log points. The first is the beginning: models warm up before it."""
+    """Speed and time left, from the times of log points. The first is the beginning: models warm up before it.
+
+    seconds_per_step: as of the last log point; None before the second.
+    """
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.perf_counter) -> None:
         self._total_steps = total_steps
         self._clock = clock
+        self.seconds_per_step: float | None = None
         self._points: deque[tuple[int, float]] = deque(maxlen=_LOG_POINTS)
 
     def values(self, step: int) -> dict[str, float]:
@@ -34,8 +40,18 @@ class Pace:
         (first_step, first_time), (last_step, last_time) = self._points[0], self._points[-1]
         if last_step <= first_step:
             return {}
-        seconds = (last_time - first_time) / (last_step - first_step)
+        seconds = self.seconds_per_step = (last_time - first_time) / (last_step - first_step)
         return {"time/seconds_per_step": seconds, "time/seconds_left": seconds * (self._total_steps - step)}
+
+
+def closing_line(step: int, seconds_per_step: float | None, device: torch.device) -> str:
+    """What a run tells of itself when it ends after `step` steps."""
+    line = f"trained up to step {step}"
+    if seconds_per_step is not None:
+        line += f", {seconds_per_step:.3g} s a step"
+    if device.type == "cuda":
+        line += f", peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+    return line
 
 
 class ProgressFile(Sink):

@@ -125,6 +125,7 @@ class Tracker:
 
     folder: the run's own in logging_dir; None on other than the main process, and with log_with none.
     history: what a report is made of; None where none is asked for, or on other than the main process.
+    pace: the run's speed.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Tracker:
         self.history: RunHistory | None = None
         self._sinks: list[Sink] = []
         self._lock = threading.RLock()  # saves may be told by the thread that writes them
-        self._pace = Pace(total_steps)
+        self.pace = Pace(total_steps)
         if not is_main_process:
             return
         self.add(lambda: RunDisplay(total_steps))
@@ -183,7 +184,7 @@ class Tracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """One point on each named curve, and with the training loss on those of the run's speed."""
         if "loss/current" in values:
-            values = {**values, **self._pace.values(step)}
+            values = {**values, **self.pace.values(step)}
         self._tell(lambda sink: sink.log(values, step))
 
     def log_image(self, name: str, picture: Image.Image, step: int, text: str = "") -> None:

@@ -22,7 +22,7 @@ def case():
     tracker = SimpleNamespace(log=lambda values, step: drawn.append((step, values)), look=lambda *_: None)
     check = lambda records, state: judged.append([record.step for record in records])  # noqa: E731
     guard = SimpleNamespace(leaves_out=True, check=check)
-    records, meter = StepRecords(lambda own: own), Meter(0, CPU)
+    records, meter = StepRecords(lambda own: own), Meter()
     monitor = Monitor(MonitorSettings(), torch.nn.Linear(2, 2), CPU)
     points = LogPoints(records, meter, monitor, guard, tracker, lambda own: own)
 

@@ -2,17 +2,25 @@ import json
 import math
 
 import pytest
+import torch
 
-from library.training.progress import Pace, ProgressFile
+from library.training.progress import Pace, ProgressFile, closing_line
 
 
 def test_pace_is_that_since_the_first_log_point_of_the_last_twenty():
     times = iter([100.0, 104.0, 110.0])
     pace = Pace(total_steps=20, clock=lambda: next(times))
-    assert pace.values(1) == {}
+    assert pace.values(1) == {} and pace.seconds_per_step is None
     assert pace.values(3) == {"time/seconds_per_step": 2.0, "time/seconds_left": 34.0}
     assert pace.values(3) == {}
     assert pace.values(5) == {"time/seconds_per_step": 2.5, "time/seconds_left": 37.5}
+    assert pace.seconds_per_step == 2.5
+
+
+def test_the_closing_line_tells_the_speed_where_it_is_known():
+    cpu = torch.device("cpu")
+    assert closing_line(7, 0.03081, cpu) == "trained up to step 7, 0.0308 s a step"
+    assert closing_line(1, None, cpu) == "trained up to step 1"
 
 
 def test_pace_forgets_what_lies_more_than_twenty_log_points_back():
