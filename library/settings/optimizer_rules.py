@@ -41,6 +41,11 @@ def optimizer_problems(settings: Settings) -> Iterator[str]:
         )
     if sets_own_rate(optimizer) and settings.schedule.show_lr_schedule is not None:
         yield f"{origin(settings, 'show_lr_schedule')}: {name} takes its rate from the weights: nothing can be drawn"
+    if sets_own_rate(optimizer) and settings.guard.on_nonfinite == "rollback":
+        yield (
+            f"{origin(settings, 'on_nonfinite')}: rollback lowers the rate, and {name} takes its own from the weights: "
+            "add relative_step=False to optimizer_args, or give on_nonfinite = skip"
+        )
     try:
         check_schedule(settings.schedule, optimizer, name)
     except SettingError as error:

@@ -20,7 +20,6 @@ from library.errors import UserError, first_ten
 from library.options import option
 from library.training.ema import AdapterEma
 from library.training.host_copy import HostCopy
-from library.training.optimizers import sets_own_rate
 from library.training.run import RunState
 from library.training.step_records import SampleLoss, StepRecord
 
@@ -182,7 +181,7 @@ def can_be_told(optimizer: torch.optim.Optimizer) -> bool:
 @contextmanager
 def lowered_rates(optimizer: torch.optim.Optimizer, factor: float) -> Iterator[None]:
     """Inside, learning rates are `factor` times those of the schedule, which does not notice."""
-    if factor == 1.0 or sets_own_rate(optimizer):
+    if factor == 1.0:
         yield
         return
     scheduled = [group["lr"] for group in optimizer.param_groups]

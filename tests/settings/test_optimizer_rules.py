@@ -24,6 +24,10 @@ def warnings(caplog):
             "command line: --show_lr_schedule: AdaFactor takes its rate from the weights",
         ),
         (
+            ["--optimizer_type", "AdaFactor", "--on_nonfinite", "rollback"],
+            "command line: --on_nonfinite: rollback lowers the rate, and AdaFactor takes its own",
+        ),
+        (
             ["--lr_scheduler", "polynomial", "--learning_rate", "1e-8"],
             "command line: --lr_scheduler: polynomial cannot be used with learning_rate 1e-08",
         ),
@@ -91,7 +95,16 @@ def test_what_does_nothing_is_named_once(needed_flags, caplog, words, name):
         ["--lr_scheduler", "warmup_stable_decay", "--lr_decay_steps", "5", "--lr_scheduler_min_lr_ratio", "0.1"],
         ["--lr_scheduler", "inverse_sqrt", "--lr_scheduler_timescale", "5"],
         ["--optimizer_type", "AdaFactor", "--lr_scheduler", "adafactor"],
-        ["--optimizer_type", "AdaFactor", "--optimizer_args", "relative_step=False", "--learning_rate", "1e-5"],
+        [
+            "--optimizer_type",
+            "AdaFactor",
+            "--optimizer_args",
+            "relative_step=False",
+            "--learning_rate",
+            "1e-5",
+            "--on_nonfinite",
+            "rollback",
+        ],
     ],
 )
 def test_what_acts_is_not_warned_of(needed_flags, caplog, words):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from library.training.ema import AdapterEma, EmaSettings
-from library.training.guard import MOST_ROLLBACKS, MOST_SKIPPED, Guard, NonFiniteError, can_be_told
+from library.training.guard import MOST_ROLLBACKS, MOST_SKIPPED, Guard, NonFiniteError, can_be_told, lowered_rates
+from library.training.optimizers import OptimizerSettings, make_optimizer
 from library.training.run import RunState
 from library.training.step_records import SampleLoss, StepRecord
 
@@ -184,6 +185,23 @@ def test_rollback_returns_to_the_last_good_weights_and_halves_the_rate(caplog):
         each.step(1.0)
     assert_same(straight.content(), run.content())
     assert run.optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "AdaFactor"])
+def test_lowered_rates_make_a_step_as_much_smaller(name):
+    """AdaFactor is one that uses the rate it is given; for one that does not, a rollback is refused."""
+    settings = OptimizerSettings(name, ("relative_step=False",) if name == "AdaFactor" else (), learning_rate=0.01)
+    changes = []
+    for factor in (1.0, 0.5):
+        parameter = nn.Parameter(torch.linspace(1.0, 2.0, 8192))
+        optimizer = make_optimizer(settings, [{"name": "all", "params": [parameter]}], torch.device("cpu"))
+        for rate_factor in (1.0, factor):
+            before = parameter.detach().clone()
+            parameter.grad = before - 0.3
+            with lowered_rates(optimizer, rate_factor):
+                optimizer.step()
+        changes.append((parameter.detach() - before).norm().item())
+    assert changes[1] == pytest.approx(0.5 * changes[0], rel=1e-3)
 
 
 def test_a_rollback_takes_the_average_back_as_well():
