@@ -87,6 +87,20 @@ def test_a_dataset_cached_ahead_is_all_that_a_run_needs(config, pictures, losses
     assert not list(pictures.rglob("*.safetensors")) and list((tmp_path / "cache").rglob("*.safetensors"))
 
 
+def test_caches_can_be_filled_when_the_run_has_saved(config, tmp_path, encoded):
+    """The tool writes no adapter, so that none is in its way."""
+    adapter = tmp_path / "output" / "tiny.safetensors"
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"earlier")
+    words = config(
+        overwrite_output=False, cache_dir=tmp_path / "cache",
+        cache_latents_to_disk=True, cache_text_encoder_outputs_to_disk=True,
+    )  # fmt: skip
+    assert cache_dataset.main([*words, "--epochs", "0"]) == 0
+    assert encoded["pictures"] == 4
+    assert adapter.read_bytes() == b"earlier"
+
+
 def test_the_tool_says_what_the_run_will_not_use_and_shows_errors(config, tmp_path, capsys):
     assert cache_dataset.main([*config(cache_dir=tmp_path / "cache"), "--no_latents", "--epochs", "0"]) == 0
     said = capsys.readouterr()

@@ -67,12 +67,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cached_to_disk(settings: Settings) -> Settings:
-    """The settings with both caches on disk; says where a run with these settings would not use them."""
+    """The settings with both caches on disk; says where a run with these settings would not use them.
+
+    An earlier run's saves are nothing to this tool, which writes none.
+    """
     wanted = {"cache_latents_to_disk": True, "cache_text_encoder_outputs_to_disk": True}
     for name in wanted:
         if not getattr(settings.data, name):
             logger.warning("%s is off in these settings: set it for the run, or it will not use what is made now", name)
-    return replace(settings, data=replace(settings.data, **wanted))
+    saving = replace(settings.saving, overwrite_output=True)
+    return replace(settings, data=replace(settings.data, **wanted), saving=saving)
 
 
 def _cache_pictures(trainer: AnimaNetworkTrainer, plan: RunPlan, remove_unused: bool) -> None:
