@@ -238,6 +238,10 @@ class NetworkTrainer(ABC):
         is_main = self.accelerator.is_main_process
         started_at, started = time.time(), time.perf_counter()
 
+        if settings.trains:
+            if is_main:
+                clear_killed_saves(saving)
+            wait_for_all()  # a state may have been put back, which all should find
         plan = self.plan_run()
         epoch_steps, total_steps = plan.epoch_steps, plan.total_steps
         if run.dry_run:
@@ -347,9 +351,6 @@ class NetworkTrainer(ABC):
     def plan_run(self) -> RunPlan:
         """Checks all that can be checked before a model is loaded. UserError naming everything that was found wrong."""
         accelerator = self.accelerator
-        if accelerator.is_main_process:
-            clear_killed_saves(self.settings.saving)
-        wait_for_all()  # a state may have been put back, which all should find
         plan = Planner(
             self.settings, self.known_problems, self.device, accelerator.num_processes, accelerator.is_main_process,
             self.plan_models, self.model_identity,

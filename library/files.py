@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The names below of files and folders that are being written, or that were moved aside.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]+\.(?P<kind>tmp|old)(?P<suffix>\.[^.]+)?")
+import psutil
+
+# The names below of files and folders that are being written, or that were moved aside, by which process.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?:-[0-9a-f]+)?\.(?P<kind>tmp|old)(?P<suffix>\.[^.]+)?")
+# How far a process's start, as the system tells it, may be off: Linux counts from the second of its own start.
+_START_ERROR = 2.0
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -22,7 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     writes a file of its own, and the last one's stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # a writer may make a new file that only its owner can read
@@ -65,10 +69,11 @@ def remove_folder(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path, is_own: Callable[[str], bool]) -> list[str]:
-    """Removes what writers here left in a folder when they were killed; returns the names of what it was for.
+    """Removes what writers here left in a folder when they were killed; returns the names of what was left.
 
-    is_own: whether a name, as it would have become, is the caller's: others may be writing beside it. A folder that was
-    moved aside, and whose successor had not taken its place, is put back.
+    is_own: whether a name, as it would have become, is the caller's: others may be writing beside it. What a process
+    that runs on this machine is writing stays. A folder that was moved aside, and whose successor had not taken its
+    place, is put back.
     """
     if not folder.is_dir():
         return []
@@ -76,6 +81,8 @@ def clear_leftovers(folder: Path, is_own: Callable[[str], bool]) -> list[str]:
     for path in sorted(folder.iterdir()):
         parts = _TEMPORARY.fullmatch(path.name)
         if parts is None or not is_own(parts["name"] + (parts["suffix"] or "")):
+            continue
+        if _is_being_written(path, int(parts["pid"])):
             continue
         found.append(path.name)
         final = folder / parts["name"]
@@ -86,6 +93,17 @@ def clear_leftovers(folder: Path, is_own: Callable[[str], bool]) -> list[str]:
         else:
             path.unlink(missing_ok=True)
     return found
+
+
+def _is_being_written(path: Path, pid: int) -> bool:
+    """Whether the process of that number is the one that wrote `path`, and not one that got its number later."""
+    try:
+        process, written_at = psutil.Process(pid), path.stat().st_mtime
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= written_at + _START_ERROR
+    except psutil.NoSuchProcess:
+        return False
+    except FileNotFoundError:  # complete by now
+        return True
 
 
 def _replace_folder(new: Path, path: Path) -> None:

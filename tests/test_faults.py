@@ -194,12 +194,12 @@ WRITES = {
     "the last latents": (r"latents/", 4),
     "captions": (r"text/", 1),
     "a picture of the base model": (r"sample/\.tiny_base", 1),
-    "an adapter": (r"\.tiny-step\d+\.\w+\.tmp\.safetensors", 1),
+    "an adapter": (r"\.tiny-step\d+\.[-\w]+\.tmp\.safetensors", 1),
     "a state's first file": (r"-state\.\d+\.tmp/", 1),
     "a state's last file": (r"-state\.\d+\.tmp/", 8),
-    "a later adapter": (r"\.tiny-step\d+\.\w+\.tmp\.safetensors", 2),
+    "a later adapter": (r"\.tiny-step\d+\.[-\w]+\.tmp\.safetensors", 2),
     "the sheet of samples over time": (r"sample/\.tiny_grid", 1),
-    "the last adapter": (r"/\.tiny\.\w+\.tmp\.safetensors", 1),
+    "the last adapter": (r"/\.tiny\.[-\w]+\.tmp\.safetensors", 1),
 }
 
 

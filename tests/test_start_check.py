@@ -73,7 +73,7 @@ def test_a_dry_run_says_what_the_run_would_be(config, tmp_path, capsys):
     assert "device: CPU, 1 process(es), model in float32" in told
     assert "length: 24 steps of 12 an epoch, from 4 pictures" in told
     assert "files: 4 adapters of 0.1 MiB, 1 states of up to 0.2 MiB" in told
-    assert list((tmp_path / "output").iterdir()) == []
+    assert not (tmp_path / "output").exists() and not (tmp_path / "logs").exists()
 
 
 def test_a_dry_run_says_how_much_room_caches_take(config, tmp_path, capsys):
@@ -105,6 +105,23 @@ def test_the_planned_sizes_are_those_of_the_files(config, tmp_path, monkeypatch)
 def test_a_dry_run_finds_mistakes_as_well(config, capsys):
     assert main(config(dry_run=True, network_args=["target_modules=query"])) == 1
     assert "'query' matches nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("looking", [{"dry_run": True}, {"show_lr_schedule": "rate.png"}])
+def test_looking_at_a_run_touches_no_save(config, tmp_path, looking, monkeypatch):
+    """Neither what is half written nor a state that was moved aside."""
+    monkeypatch.chdir(tmp_path)
+    names = {".tiny.99999999-0f.tmp.safetensors", ".tiny-step00000001-state.99999999.old"}
+    for name in names:
+        (tmp_path / "output" / name).mkdir(parents=True)
+    assert main(config(**looking)) == 0
+    assert {path.name for path in (tmp_path / "output").iterdir()} == names
+
+
+def test_a_file_in_place_of_the_output_folder_is_told_once(config, tmp_path, capsys):
+    (tmp_path / "output").touch()
+    assert main(config()) == 1
+    assert capsys.readouterr().err.partition("error: ")[2].count("output_dir: ") == 1
 
 
 def test_a_full_disk_is_told_before_the_run(config, tmp_path, capsys, monkeypatch):

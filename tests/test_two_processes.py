@@ -326,7 +326,7 @@ def test_all_go_on_from_the_same_state_or_end(config, tmp_path, sees_all):
     assert [run.end() for run in run_group(words, tmp_path, 2)] == [0, 0]
     output = tmp_path / "output"
     shutil.rmtree(output / "tiny-state")
-    (output / "tiny-step00000001-state").rename(output / ".tiny-step00000001-state.1.old")
+    (output / "tiny-step00000001-state").rename(output / ".tiny-step00000001-state.99999999.old")
     runs = run_group([*words, "--resume", "latest"], tmp_path, 2, clearing_late if sees_all else without_the_state)
     ends, said = [run.end() for run in runs], runs[0].output + runs[1].output
     if sees_all:

@@ -20,7 +20,7 @@ from library.planning.plan import RunPlan, compared_by
 from library.settings import Settings
 from library.settings.sections import settings_sections
 from library.training.ema import check_ema
-from library.training.machine import check_device, check_disk, check_writable, warn_of_cache_space
+from library.training.machine import check_device, check_disk, warn_of_cache_space
 from library.training.optimizers import check_optimizer
 from library.training.preflight import check_preflight
 from library.training.resuming import find_state
@@ -96,10 +96,8 @@ class Planner:
         settings, saving = self.settings, self.settings.saving
         problems.attempt(check_device, settings.run, self.device)
         problems.attempt(check_preflight, settings.run, self.processes)
-        problems.attempt(check_writable, saving.output_dir)
         resume = problems.attempt(find_state, settings.run, saving, settings.hub)
-        draws_only = settings.schedule.show_lr_schedule is not None or settings.timesteps.show_timesteps is not None
-        if resume is None and not draws_only:
+        if resume is None and not settings.only_draws:
             problems.attempt(check_nothing_overwritten, saving)
         problems.attempt(check_trackers, settings.logging)
         return resume

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,9 +81,9 @@ def output_folders(settings: Settings) -> Iterator[str]:
 
 
 def _folder_problems(settings: Settings, name: str, folder: Path) -> Iterator[str]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        yield f"{origin(settings, name)}: cannot write to {folder}: {error.strerror}; give another folder"
+    """Nothing is made yet: these settings may be those of a dry run."""
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir():
+        yield f"{origin(settings, name)}: {folder} cannot be made, as {there} is a file; give another folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"{origin(settings, name)}: {there} may not be written into; give another folder, or change its rights"

@@ -69,6 +69,16 @@ class Settings:
         """Of each dataset."""
         return [dataset.batch_size for dataset in self.datasets]
 
+    @property
+    def only_draws(self) -> bool:
+        """Whether the run's schedule or timesteps are to be shown, and nothing is to be trained."""
+        return self.schedule.show_lr_schedule is not None or self.timesteps.show_timesteps is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is a run that saves, and not one that only looks at what such a run would be."""
+        return not (self.run.dry_run or self.run.preflight or self.only_draws)
+
 
 def run_groups() -> dict[str, type]:
     """The groups with one value each for the whole run, by their field in Settings."""

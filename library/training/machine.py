@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -51,15 +50,6 @@ def check_disk(folder: Path, needed: int) -> int:
             "or without states (save_state)"
         )
     return free
-
-
-def check_writable(folder: Path) -> None:
-    """UserError where `folder` cannot be written into, or cannot be made."""
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"output_dir: {folder} cannot be made, as {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir: {there} may not be written into; name another folder, or change its rights")
 
 
 def warn_of_cache_space(folder: Path, needed: int) -> None:

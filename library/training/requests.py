@@ -11,10 +11,11 @@ SAVE, SAVE_AND_STOP = "save", "save_stop"
 
 
 class SaveRequests:
-    """Looks for files named save and save_stop in a folder; those from before the run are removed."""
+    """Looks for files named save and save_stop in a folder, which is made for them; those of before are removed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         if old := self.take():
             logger.warning("removed %s, which was there before the run began", folder / old)
 

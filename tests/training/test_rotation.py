@@ -1,10 +1,15 @@
 """What of earlier saves goes, what stays, and what stops a run."""
 
+import os
+
 import pytest
 
 from library.errors import SettingError
+from library.files import folder_written_atomically, write_atomically
 from library.training.rotation import check_nothing_overwritten, clear_killed_saves, remove_outdated, size_of
 from library.training.saving import SavingSettings, saved_name
+
+DEAD = 99_999_999  # the number of no process
 
 
 def fill(folder, *names):
@@ -82,10 +87,10 @@ def test_other_files_stop_nothing(tmp_path):
 
 
 def test_what_a_killed_run_left_is_removed_and_a_state_that_was_being_replaced_put_back(tmp_path):
-    own = [".a.0123456789abcdef.tmp.safetensors", ".a-step00000002.0123456789abcdef.tmp.safetensors"]
-    others = [".b.0123456789abcdef.tmp.safetensors", ".a-b.12.tmp", ".a.conf", "a.safetensors"]
+    own = [f".a.{DEAD}-01234567.tmp.safetensors", f".a-step00000002.{DEAD}-89abcdef.tmp.safetensors"]
+    others = [f".b.{DEAD}-01234567.tmp.safetensors", f".a-b.{DEAD}.tmp", ".a.conf", "a.safetensors"]
     fill(tmp_path, *own, *others, "a-000002-state")
-    for name in (".a-step00000001-state.77.tmp", ".a-000001-state.78.old", ".a-000002-state.78.old"):
+    for name in (f".a-step00000001-state.{DEAD}.tmp", f".a-000001-state.{DEAD}.old", f".a-000002-state.{DEAD}.old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "optimizer.pt").touch()
     clear_killed_saves(settings_for(tmp_path))
@@ -95,8 +100,9 @@ def test_what_a_killed_run_left_is_removed_and_a_state_that_was_being_replaced_p
 
 
 def test_sample_pictures_in_the_making_are_removed_and_those_of_other_runs_stay(tmp_path):
-    own = [".a_grid.0f.tmp.png", ".a_000100_00_20260101000000_5.0f.tmp.png", ".a_e000002_sheet.0f.tmp.png"]
-    others = [".a_2_grid.0f.tmp.png", ".b_base_00_20260101000000_5.0f.tmp.png", "a_grid.png"]
+    names = ("a_grid", "a_000100_00_20260101000000_5", "a_e000002_sheet", "a_2_grid", "b_base_00_20260101000000_5")
+    unfinished = [f".{name}.{DEAD}-0f.tmp.png" for name in names]
+    own, others = unfinished[:3], [*unfinished[3:], "a_grid.png"]
     (tmp_path / "sample").mkdir()
     fill(tmp_path / "sample", *own, *others)
     clear_killed_saves(settings_for(tmp_path))
@@ -109,6 +115,30 @@ def test_the_size_of_a_file_and_of_a_states_folder(tmp_path):
     for name, size in (("optimizer.pt", 7), ("run_state.json", 11)):
         (tmp_path / "a-state" / name).write_bytes(bytes(size))
     assert [size_of(tmp_path / name) for name in ("a.safetensors", "a-state", "removed")] == [5, 18, 0]
+
+
+def test_what_a_running_process_writes_stays(tmp_path):
+    """A second run of the name begins in the midst of both kinds of write."""
+    settings = settings_for(tmp_path)
+
+    def write(file):
+        file.write_bytes(b"whole")
+        clear_killed_saves(settings)
+
+    write_atomically(tmp_path / "a.safetensors", write)
+    with folder_written_atomically(tmp_path / "a-state") as folder:
+        (folder / "optimizer.pt").touch()
+        clear_killed_saves(settings)
+    assert left(tmp_path) == ["a-state", "a.safetensors"]
+    assert (tmp_path / "a-state" / "optimizer.pt").exists()
+
+
+def test_a_later_process_with_the_number_of_a_killed_one_keeps_nothing(tmp_path):
+    leftover = tmp_path / f".a.{os.getpid()}-0f.tmp.safetensors"
+    leftover.touch()
+    os.utime(leftover, (1e9, 1e9))  # in 2001, before this process began
+    clear_killed_saves(settings_for(tmp_path))
+    assert left(tmp_path) == []
 
 
 def test_names_are_taken_apart():
