@@ -1,13 +1,12 @@
 """The training loop, whatever the model: read `NetworkTrainer.train` from top to bottom.
 
-A subclass tells it what the model is by filling in the hooks; `anima_train_network.py` does so for Anima.
+A subclass tells it what the model is by filling in `ModelHooks`; `anima_train_network.py` does so for Anima.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
@@ -29,7 +28,6 @@ from library.data.pictures import Picture
 from library.data.summary import describe_data
 from library.data.team import Team
 from library.data.validation import as_measured, counterparts, measured_batches
-from library.errors import Problems
 from library.garbage import kept_as_is
 from library.planning.plan import RunPlan, describe_plan
 from library.planning.planner import Planner
@@ -47,6 +45,7 @@ from library.training.log_points import LogPoints, judges_at_once
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 from library.training.meter import LossAverages, Meter
 from library.training.model_hashes import start_hashing
+from library.training.model_hooks import ModelHooks
 from library.training.monitor import Monitor
 from library.training.optimizers import (
     averaged_weights,
@@ -76,7 +75,7 @@ from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.resuming import first_state
 from library.training.rotation import clear_killed_saves
 from library.training.run import DTYPES, RunState
-from library.training.samples import SampleFiles, SamplePicture, telling_failures
+from library.training.samples import SampleFiles, telling_failures
 from library.training.saver import Saver
 from library.training.saves import SAVED_COPIES, Save, copy_adapters, write_save
 from library.training.saving import epoch_name, is_due, save_epochs, step_name
@@ -105,10 +104,10 @@ from networks.setup import (
 logger = logging.getLogger("train_network")
 
 
-class NetworkTrainer(ABC):
+class NetworkTrainer(ModelHooks):
     """Trains an adapter network on captioned pictures.
 
-    `train` is the whole run. What depends on the model is in the hooks, which a subclass implements.
+    `train` is the whole run. What depends on the model is in `ModelHooks`, which a subclass implements.
     known_problems: what is known to be wrong with the settings; it is told with what else is found at the start.
     """
 
@@ -127,104 +126,6 @@ class NetworkTrainer(ABC):
         self.records = StepRecords(gather_lists)
         self.rates_before: Mapping[str, float | Tensor] = {}  # of the last step, from before it
         self.validation: Validation | None = None
-
-    # --- hooks: what the model is ---
-
-    @abstractmethod
-    def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
-        """What `load_models` will return, on the meta device, or None where the files do not tell.
-
-        All that is wrong with the model's files by their headers goes to `problems`; that a file is missing is known.
-        """
-
-    @abstractmethod
-    def load_models(self) -> tuple[nn.Module, nn.Module]:
-        """Loads all models, frozen, and returns the two that adapters may change: the model and its text encoder.
-
-        Any module stands for a text encoder that stays as it is (`may_change_text_encoder`).
-        """
-
-    @abstractmethod
-    def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] -> latents."""
-
-    @abstractmethod
-    def latent_identity(self) -> str:
-        """What latents depend on beside the picture, as text: two encoders that differ have different ones."""
-
-    @abstractmethod
-    def latents_are_cached(self) -> None:
-        """Called when no picture will be encoded any more: frees what only that needed."""
-
-    @abstractmethod
-    def place_models(self) -> None:
-        """Called when the network is attached: brings to the device what `load_models` left in main memory."""
-
-    @abstractmethod
-    def prepare_text(self, folder: Path) -> None:
-        """Called when the network is attached: what it leaves untrained may be cached, between runs in `folder`."""
-
-    @abstractmethod
-    def encode_ahead(self, captions: Sequence[str]) -> None:
-        """Called, where captions are cached, some time before the steps that use these."""
-
-    @abstractmethod
-    def prepare(self, batch: Batch) -> Sequence[Any]:
-        """A batch as what `losses` takes: one or more NamedTuples of tensors on the device, random draws among them.
-
-        Each has rows_B, its samples' places in the batch, and timesteps_B in [0, 1].
-        """
-
-    @abstractmethod
-    def prepare_at(self, batch: Batch, share: float) -> Sequence[Any]:
-        """Like `prepare`, at the timestep that this share of all draws lies below; the same inputs in every run."""
-
-    @abstractmethod
-    def timestep_at(self, share: float, picture: Picture) -> float:
-        """That timestep: 0 is the picture, 1 is noise."""
-
-    @abstractmethod
-    def losses(self, inputs: Any) -> Tensor:
-        """The loss of each sample of one of `prepare`'s results: float32 [B]. Tensor work only: it may be captured."""
-
-    @abstractmethod
-    def fuse_obstacle(self) -> str | None:
-        """Why the model's blocks cannot be computed by own kernels; None where nothing is known against it."""
-
-    @abstractmethod
-    def choose_memory(self, fuses: bool, network: Network | None) -> list[Choice]:
-        """What of a forward pass is kept for the backward pass, and where. fuses: whether own kernels compute blocks.
-
-        network: what is trained, on the meta device in a dry run; None where that is not known.
-        """
-
-    @abstractmethod
-    def fuse_blocks(self, buckets: int) -> None:
-        """Has the blocks computed by own kernels, for pictures of that many shapes."""
-
-    @abstractmethod
-    def keep_modules(self) -> None:
-        """Has the blocks computed module by module."""
-
-    @abstractmethod
-    def compile_blocks(self, buckets: int) -> None:
-        """Has what a step spends its time in compiled, for pictures of that many shapes."""
-
-    @abstractmethod
-    def render_samples(self) -> Sequence[SamplePicture]:
-        """Renders the sample prompts with the adapter as it is."""
-
-    @abstractmethod
-    def model_files(self) -> Mapping[str, Path]:
-        """The files that an adapter's metadata names and hashes, by Kohya's names: sd_model and vae."""
-
-    @abstractmethod
-    def model_facts(self) -> Mapping[str, Any]:
-        """What else an adapter's metadata says of the model and its objective, by its keys."""
-
-    def model_identity(self) -> Mapping[str, Mapping[str, Any]]:
-        """What a resumed run must find the same of the model ("topology"), and what it should ("model")."""
-        return {}
 
     # --- the run ---
 
@@ -456,10 +357,6 @@ class NetworkTrainer(ABC):
         self.choices += [fuses, *memory, compiles, captures]
         logger.info("%s", told(self.choices))
 
-    def compile_obstacle(self) -> str | None:
-        """Why the blocks cannot be compiled; None where nothing is known against it."""
-        return None
-
     def capture_obstacle(self) -> str | None:
         """Why the step cannot be recorded; None where it can."""
         if self.parts.scaler.is_enabled():
@@ -587,10 +484,6 @@ class NetworkTrainer(ABC):
         if self.captured is not None:
             self.captured.release()
         self.parts.optimizer.zero_grad(set_to_none=self.captured is None)
-
-    def memory_savers(self) -> list[str]:
-        """Settings that are not in force and would save GPU memory, those that cost least first."""
-        return []
 
     # --- files ---
 

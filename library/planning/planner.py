@@ -44,7 +44,7 @@ class Planner:
     """Plans the run that `settings` describe.
 
     known_problems: what is known to be wrong with the settings; it is told with what else is found. processes: of the
-    whole run; is_main: whether this one writes and tells. plan_models, model_identity: see `NetworkTrainer`.
+    whole run; is_main: whether this one writes and tells. plan_models, model_identity: see `ModelHooks`.
     """
 
     settings: Settings

@@ -34,7 +34,7 @@ class _Captured:
 class CapturedBackward:
     """Computes a loss and adds its gradients to the parameters' `.grad`, which stay where they are.
 
-    losses: tensor work alone, from a NamedTuple of tensors to the loss of each sample; see NetworkTrainer.losses.
+    losses: tensor work alone, from a NamedTuple of tensors to the loss of each sample; see ModelHooks.losses.
     All graphs share one memory pool, as they run one after another.
     """
 
