@@ -48,7 +48,7 @@ class ToyTrainer(NetworkTrainer):
         self.network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.network.weight)
         self.trained = list(self.network.parameters())
-        optimizer = torch.optim.SGD(self.network.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD([{"params": list(self.network.parameters()), "name": "all"}], lr=1.0)
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
         self.parts = Resumable(self.network, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False))
         self.guard = Guard(settings.guard.on_nonfinite, self.network, optimizer, self.parts.scaler)
