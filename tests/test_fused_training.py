@@ -53,3 +53,33 @@ def test_a_fused_run_equals_a_plain_one(config, tiny_anima, tmp_path, losses, no
     for plain, fused in zip(*adapters, strict=True):
         for name, tensor in plain.items():
             assert (fused[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
+def test_what_is_computed_again_follows_the_cards_memory_and_changes_no_loss(
+    config, tmp_path, losses, no_obstacles, capsys, monkeypatch
+):
+    """A card is made up for which the run would take 18 GiB, 11 selectively."""
+    asked = []
+    monkeypatch.setattr(
+        anima_train_network, "needed_memory", lambda *facts: asked.append(facts) or (18 * 2**30, 11 * 2**30)
+    )
+    found = []
+    for limit in (22, 15, 10):
+        monkeypatch.setattr(anima_train_network, "memory_limit", lambda device, limit=limit: limit * 2**30)
+        words = {"fused_blocks": True, "max_train_steps": 2, "cache_latents": True, "train_batch_size": 3}
+        assert main(config(**words, dry_run=True)) == 0
+        told = capsys.readouterr().err
+        assert main(config(**words, output_name=f"of_{limit}")) == 0
+        said = capsys.readouterr().err
+        found.append(
+            [
+                told.partition("gradient checkpointing ")[2].partition("\n")[0],
+                *(said.partition(f"{name}_checkpointing ")[2].partition(":")[0] for name in ("gradient", "selective")),
+            ]
+        )
+    assert found == [["off", "off", "off"], ["selective", "off", "on"], ["on", "on", "off"]]
+    assert losses[:2] == losses[2:4] == losses[4:]
+    (_, tokens, dtype, eight_bits, fuses, network, also), *_ = asked
+    assert (tokens, str(dtype), eight_bits, fuses) == (3 * 64 * 64 // 16**2, "torch.float32", False, True)
+    assert sum(parameter.numel() for parameter in network.parameters()) > 0
+    assert also == (True, False, False)  # captions are encoded on the way, pictures are not, nothing is rendered
