@@ -61,6 +61,7 @@ from library.training.choices import (
 )
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
+from library.training.model_hashes import sha256_of
 from library.training.preflight import memory_limit
 from library.training.processes import is_first_to_tell, make_accelerator
 from library.training.samples import SamplePicture
@@ -441,7 +442,9 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def model_identity(self) -> Mapping[str, Mapping[str, Any]]:
         model = self.settings.model
         files = ("pretrained_model_name_or_path", "vae", "qwen")
-        return {"topology": asdict(self.config), "model": {name: file_identity(getattr(model, name)) for name in files}}
+        identities: dict[str, Any] = {name: file_identity(getattr(model, name)) for name in files}
+        merged = [sha256_of(Path(file))[:16] for file in self.settings.network.base_weights]
+        return {"topology": asdict(self.config), "model": {**identities, "base_weights": merged or None}}
 
     def model_facts(self) -> Mapping[str, Any]:
         timesteps = self.settings.timesteps

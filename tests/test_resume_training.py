@@ -6,12 +6,13 @@ import errno
 import json
 import platform
 import re
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from anima_train_network import AnimaNetworkTrainer, main
 from library.anima_runtime import attention_backends
@@ -178,6 +179,73 @@ def test_what_a_resumed_run_may_change_and_what_not(config, tmp_path, losses, ca
     ):
         assert main(config(max_train_steps=2, resume=state(tmp_path, 1), **setting, **common)) == 1
         assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.fixture
+def resumed(config, tmp_path, capsys):
+    """resumed(qwen=path) -> what is told of the state of step 1 where those settings differ; "" where nothing is."""
+
+    def told(**settings) -> str:
+        capsys.readouterr()
+        common = {"max_train_steps": 2, "resume": state(tmp_path, 1), "dry_run": True, **QUICK}
+        code = main(config(anima_resume_snapshot_strict=True, **common, **settings))
+        said = capsys.readouterr().err
+        assert ("the run differs from the state" in said) == (code == 1)
+        return said if code else ""
+
+    return told
+
+
+def test_other_weights_of_the_model_are_noticed_and_other_names_are_not(config, tiny_anima, tmp_path, resumed):
+    first, second = (tmp_path / f"{name}.safetensors" for name in ("first", "second"))
+    for seed, file in enumerate((first, second)):
+        assert main(config(max_train_steps=1, seed=seed, **QUICK)) == 0
+        (tmp_path / "output" / "tiny.safetensors").rename(file)
+    common = {"base_weights": [str(first)], "qwen": tmp_path / "qwen3"}
+    shutil.copytree(tiny_anima / "qwen3", tmp_path / "qwen3")
+    assert main(config(max_train_steps=2, save_every_n_steps=1, save_state=True, **common, **QUICK)) == 0
+
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(first, moved)
+    (tmp_path / "qwen3").rename(tmp_path / "text_encoder")
+    common = {"base_weights": [str(moved)], "qwen": tmp_path / "text_encoder"}
+    assert resumed(**common) == ""
+    assert "base_weights was [" in resumed(**{**common, "base_weights": [str(second)]})
+    assert "base_weights was [" in resumed(**{**common, "base_weights": []})
+    assert "fp8_base was False, and is True" in resumed(**common, fp8_base=True)
+
+    (tmp_path / "other").mkdir()
+    shutil.copytree(tmp_path / "text_encoder", tmp_path / "other" / "text_encoder")
+    weights = tmp_path / "other" / "text_encoder" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    assert "qwen was " in resumed(**{**common, "qwen": tmp_path / "other" / "text_encoder"})
+
+
+def test_other_natural_language_is_noticed(config, tiny_anima, tmp_path, resumed):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(next((tiny_anima / "train").iterdir()), pictures)
+    texts = [picture.with_suffix(".nl.txt") for picture in pictures.glob("*.png")]
+    for text in texts:
+        text.write_text("A cat sits.")
+    common = {"train_data_dir": pictures, "caption_mix": "tags=1, nl=1"}
+    assert main(config(max_train_steps=2, save_every_n_steps=1, save_state=True, **common, **QUICK)) == 0
+    assert resumed(**common) == ""
+    for text in texts:
+        text.write_text("A dog sits.")
+    assert "natural language and masks was " in resumed(**common)
+
+
+def test_a_state_that_knew_less_is_gone_on_with(config, tiny_anima, tmp_path, resumed):
+    assert main(config(max_train_steps=2, save_every_n_steps=1, save_state=True, **QUICK)) == 0
+    path = state(tmp_path, 1) / "resume_snapshot.json"
+    written = json.loads(path.read_text())
+    sections = written["sections"]
+    del sections["model"]["base_weights"], sections["run"]["fp8_base"], sections["data"]["natural language and masks"]
+    for identity in sections["model"].values():
+        del identity["first_mib"]
+    sections["model"]["qwen"] = {"folder": "qwen3"}
+    path.write_text(json.dumps(written))
+    assert resumed() == ""
 
 
 def test_what_was_chosen_is_repeated_where_nothing_is_set(config, tmp_path, capsys, monkeypatch):

@@ -72,9 +72,21 @@ def compared_by(settings: Sections, model: Sections, pictures: Sequence[Picture]
     for name, facts in model.items():
         sections.setdefault(name, {}).update(facts)
     shown = (f"{picture.key} {picture.bucket} {picture.repeats} {picture.caption}" for picture in pictures)
-    sections["data"].update({"number of pictures": len(pictures), "pictures and captions": digest_of(shown)})
+    others = (f"{picture.key} {picture.nl} {_mask_text(picture)}" for picture in pictures if picture.nl or picture.mask)
+    sections["data"].update(
+        {
+            "number of pictures": len(pictures),
+            "pictures and captions": digest_of(shown),
+            # Apart from the captions, of which earlier states tell a digest as well.
+            "natural language and masks": digest_of(others),
+        }
+    )
     sections["schedule"]["number of steps"] = total_steps
     return sections
+
+
+def _mask_text(picture: Picture) -> str:
+    return "" if picture.mask is None else f"{picture.mask.name} {picture.mask.stat().st_size}"
 
 
 def describe_plan(

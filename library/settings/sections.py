@@ -30,10 +30,12 @@ _SECTION_OF_NAME = {
     "mixed_precision": "run",
     "full_bf16": "run",
     "full_fp16": "run",
+    "fp8_base": "run",
     "seed": "run",
     "gradient_accumulation_steps": "run",
 }
-# Compared by what they become: network_args as arguments, files by their contents.
+# network_args are compared as arguments, base_weights by their contents (`ModelHooks.model_identity`); what the
+# adapter is saved as may change.
 _OTHERWISE = ("network_args", "adapter_format", "base_weights")
 
 

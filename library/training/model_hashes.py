@@ -46,6 +46,12 @@ def legacy_hash(opened: BinaryIO) -> str:
     return hashlib.sha256(opened.read(0x10000)).hexdigest()[:8]
 
 
+def sha256_of(file: Path) -> str:
+    """Of the whole file, 64 hex digits."""
+    with file.open("rb") as opened:
+        return _sha256(opened)
+
+
 def start_hashing(files: Mapping[str, Path]) -> dict[str, str]:
     """{"sd_model": path} -> {"sd_model_hash": legacy hash}, to which a thread adds new_sd_model_hash, the SHA-256.
 
@@ -64,8 +70,7 @@ def start_hashing(files: Mapping[str, Path]) -> dict[str, str]:
 def _add_sha256(files: Mapping[str, Path], hashes: dict[str, str]) -> None:
     for name, path in files.items():
         try:
-            with path.open("rb") as opened:
-                hashes[f"new_{name}_hash"] = _sha256(opened)
+            hashes[f"new_{name}_hash"] = sha256_of(path)
         except OSError as error:
             logger.warning("%s: no SHA-256 in the metadata: %s", path, error.strerror)
 

@@ -43,11 +43,24 @@ def make_snapshot(sections: Sections, settings: Mapping[str, Any], choices: Mapp
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """What tells a model file from another, whatever its name: its size and a hash of a part of it."""
-    if not path.is_file():
-        return {"folder": path.name}
-    with path.open("rb") as opened:
-        return {"bytes": path.stat().st_size, "legacy_hash": legacy_hash(opened)}
+    """What tells a model from another, whatever its name: size, and hashes of parts, of its safetensors files.
+
+    path: its file, or the folder of its files. The legacy hash alone says nothing of a file that ends before 1 MiB.
+    """
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    parts = sorted(_hashed(file) for file in files)
+    return {
+        "bytes": sum(size for size, _, _ in parts),
+        "legacy_hash": "+".join(legacy for _, legacy, _ in parts),
+        "first_mib": "+".join(first for _, _, first in parts),
+    }
+
+
+def _hashed(file: Path) -> tuple[int, str, str]:
+    """(bytes, legacy hash, hash of the first MiB)"""
+    with file.open("rb") as opened:
+        first = hashlib.sha256(opened.read(2**20)).hexdigest()[:16]
+        return file.stat().st_size, legacy_hash(opened), first
 
 
 def digest_of(texts: Iterable[str]) -> str:
@@ -104,8 +117,17 @@ def _changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What both versions of the program know, and is not the same."""
     common = [name for name in now if name in then and name not in _TOLD_ELSEWHERE]
     return [
-        f"{name} was {_shown(then[name])}, and is {_shown(now[name])}" for name in common if then[name] != now[name]
+        f"{name} was {_shown(then[name])}, and is {_shown(now[name])}"
+        for name in common
+        if _differs(then[name], now[name])
     ]
+
+
+def _differs(then: Any, now: Any) -> bool:
+    """Of a model's identity, in what both versions know: earlier ones knew a folder by its name."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return any(then[part] != now[part] for part in then.keys() & now.keys())
+    return then != now
 
 
 def _shown(value: Any) -> str:

@@ -84,8 +84,37 @@ def test_files_are_known_by_their_contents(tmp_path):
     first, second = file_identity(tmp_path / "a"), file_identity(tmp_path / "b")
     (tmp_path / "a").rename(tmp_path / "c")
     assert first == file_identity(tmp_path / "c") != second
-    assert file_identity(tmp_path) == {"folder": tmp_path.name}
+    (tmp_path / "short").write_bytes(b"tensors")
+    first = file_identity(tmp_path / "short")
+    (tmp_path / "short").write_bytes(b"others!")
+    assert first["bytes"] == 7 and first != file_identity(tmp_path / "short")
     assert digest_of(["a", "b"]) != digest_of(["b", "a"])
+
+
+def test_folders_are_known_by_their_files(tmp_path):
+    one, same, other = (tmp_path / name for name in ("one/qwen", "two/another_name", "three/qwen"))
+    for folder, content in ((one, b"tensors"), (same, b"tensors"), (other, b"others!")):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(content)
+        (folder / "config.json").write_text(folder.name)
+    assert file_identity(one) == file_identity(same) == file_identity(one / "model.safetensors")
+    assert file_identity(one) != file_identity(other)
+    for folder, names in ((one, "ab"), (other, "ba")):
+        for name, content in zip(names, (b"tensors", b"others!"), strict=True):
+            (folder / f"{name}.safetensors").write_bytes(content)
+        (folder / "model.safetensors").unlink()
+    assert file_identity(one) == file_identity(other) != file_identity(same)
+
+
+def test_of_a_models_identity_that_is_compared_which_both_versions_know(state, caplog):
+    then = {"qwen": {"folder": "qwen3"}, "vae": {"bytes": 10, "legacy_hash": "ab"}}
+    path = state / "resume_snapshot.json"
+    path.write_text(json.dumps(make_snapshot({**SECTIONS, "model": then}, {}, CHOICES)))
+    qwen, vae = {"bytes": 5, "legacy_hash": "cd"}, {"bytes": 10, "legacy_hash": "ab", "first_mib": "ef"}
+    check_snapshot(state, {**SECTIONS, "model": {"qwen": qwen, "vae": vae, "base_weights": ["12"]}}, strict=True)
+    assert caplog.text == ""
+    with pytest.raises(SettingError, match="vae was"):
+        check_snapshot(state, {**SECTIONS, "model": {"vae": {**vae, "legacy_hash": "ba"}}}, strict=True)
 
 
 def test_choices_are_given_back_and_those_of_earlier_states_are_not_known(state, caplog):
