@@ -28,7 +28,7 @@ def choose_attention(
 ) -> tuple[str, AttentionFunction]:
     """The name and function of the backend asked for, or torch's with a warning that says why the other fails.
 
-    backend: auto, torch, xformers, flash or cudnn. It is tried on `device`, with heads of the model's size.
+    backend: auto, torch, xformers, flash, flash3 or cudnn. It is tried on `device`, with heads of the model's size.
     """
     name = _WHAT_AUTO_IS if backend == "auto" else backend
     if name == "torch":
@@ -47,6 +47,8 @@ def _load(name: str) -> AttentionFunction:
     """The backend's function. ImportError: it needs a package that is not installed. ValueError: there is none."""
     if name == "xformers":
         return partial(_packaged, importlib.import_module("xformers.ops").memory_efficient_attention)
+    if name == "flash3":
+        return partial(_packaged, importlib.import_module("flash_attn_interface").flash_attn_func)
     if name == "cudnn":
         return partial(_one_kernel, SDPBackend.CUDNN_ATTENTION)
     if name != "flash":

@@ -9,7 +9,7 @@ from typing import Any
 from library.options import option
 
 # What other trainers call the backends.
-_OTHER_NAMES = {"sdpa": "torch", "flash_attn": "flash", "flash_attention": "flash"}
+_OTHER_NAMES = {"sdpa": "torch", "flash_attn": "flash", "flash_attn_3": "flash3", "flash_attention": "flash"}
 
 
 def parse_backend(value: Any) -> Any:
@@ -49,10 +49,11 @@ class ModelSettings:
     )
     anima_attention_backend: str = option(
         "auto",
-        "What computes attention; the results are the same. auto: what is known to be good on your card. One that does "
-        "not work on it is replaced by torch, with a warning that says why.",
+        "What computes attention; the results are the same. auto: what is known to be good on your card. flash3: "
+        "FlashAttention-3 for Hopper, whose package you install. One that does not work on your card is replaced by "
+        "torch, with a warning that says why.",
         aliases=("attn_mode",),
-        choices=("auto", "torch", "xformers", "flash", "cudnn"),
+        choices=("auto", "torch", "xformers", "flash", "flash3", "cudnn"),
         parse=parse_backend,
     )
     xformers: bool = option(False, "Same as anima_attention_backend = xformers.")

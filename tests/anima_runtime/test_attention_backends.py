@@ -36,7 +36,7 @@ def package(monkeypatch):
 
 @pytest.fixture
 def no_packages(monkeypatch):
-    for name in ("xformers", "xformers.ops", "flash_attn"):
+    for name in ("xformers", "xformers.ops", "flash_attn", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, None)
 
 
@@ -69,7 +69,11 @@ def test_backends_of_a_cpu_equal_the_formula(no_packages, caplog, asked, got):
 
 @pytest.mark.parametrize(
     ("backend", "module", "function"),
-    [("xformers", "xformers.ops", "memory_efficient_attention"), ("flash", "flash_attn", "flash_attn_func")],
+    [
+        ("xformers", "xformers.ops", "memory_efficient_attention"),
+        ("flash", "flash_attn", "flash_attn_func"),
+        ("flash3", "flash_attn_interface", "flash_attn_func"),
+    ],
 )
 def test_packages_are_called_with_their_layout(package, backend, module, function):
     calls = []
@@ -85,12 +89,13 @@ def test_packages_are_called_with_their_layout(package, backend, module, functio
     assert calls[-1] == (2, 10, 3, 16)
 
 
-def test_without_its_package_xformers_falls_back_with_the_reason(no_packages, caplog):
-    name, function = choose_attention("xformers", 16, torch.float32, CPU)
+@pytest.mark.parametrize(("backend", "package"), [("xformers", "xformers"), ("flash3", "flash_attn_interface")])
+def test_without_its_package_a_backend_falls_back_with_the_reason(no_packages, caplog, backend, package):
+    name, function = choose_attention(backend, 16, torch.float32, CPU)
     assert (name, function) == ("torch", attend)
     (warning,) = caplog.messages
     assert warning.startswith(
-        "attention xformers does not work here, so torch's is used. The reason: import of xformers"
+        f"attention {backend} does not work here, so torch's is used. The reason: import of {package}"
     )
 
 
