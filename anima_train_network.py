@@ -100,7 +100,7 @@ class TrainingInputs(NamedTuple):
 
 
 class ContextInputs(NamedTuple):
-    """`TrainingInputs` where nothing that makes the context is trained, so that it is there already."""
+    """`TrainingInputs` where nothing that makes the context has adapters, so that it is there already."""
 
     rows_B: Tensor
     noisy_BCTHW: Tensor
@@ -296,12 +296,12 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return prepared
 
     def has_frozen_context(self) -> bool:
-        """Whether nothing that makes the text context is trained."""
-        return not (self.network.trains("text_encoder") or self.network.trains("llm_adapter"))
+        """Whether nothing that makes the text context has adapters; a file's change it at rate 0 as well."""
+        return not (self.network.adapts("text_encoder") or self.network.adapts("llm_adapter"))
 
     def encoded_captions(self, captions: Sequence[str]) -> list[CaptionStates] | list[CaptionContext]:
         """What of each caption goes into `losses`; with gradients where the text encoder is trained."""
-        if self.network.trains("text_encoder"):
+        if self.network.adapts("text_encoder"):
             return self.text_encoder.encode(captions, with_gradient=True)
         return self.captions.encode(captions)
 
@@ -393,8 +393,8 @@ class AnimaNetworkTrainer(NetworkTrainer):
     def capture_obstacle(self) -> str | None:
         if self.settings.memory.blocks_to_swap and not self.fuses:
             return "blocks_to_swap moves the weights"
-        if self.network.trains("text_encoder"):
-            return "Qwen3 is trained, and its inputs are of any length"
+        if self.network.adapts("text_encoder"):
+            return "Qwen3 has adapters, and its inputs are of any length"
         return super().capture_obstacle()
 
     def memory_savers(self) -> list[str]:
@@ -403,7 +403,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         changes_pictures = any(subset.redrawn_by for subset in subsets)
         offers = {
             "cache_latents = true": not (data.caches_latents or changes_pictures),
-            "cache_text_encoder_outputs = true": not (data.caches_text or self.network.trains("text_encoder")),
+            "cache_text_encoder_outputs = true": not (data.caches_text or self.network.adapts("text_encoder")),
             "selective_checkpointing = true": self.fuses and not (self.checkpoints or self.selects),
             "gradient_checkpointing = true": not self.checkpoints,
             "cpu_offload_checkpointing = true": self.checkpoints and self.fuses and not self.parks,

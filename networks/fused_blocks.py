@@ -159,8 +159,8 @@ def fuse_obstacle(transformer: AnimaTransformer, network: nn.Module) -> str | No
 
 
 def _passes_llm_adapter(network: AdapterNetwork) -> bool:
-    """Whether gradients go through the LLM adapter."""
-    return network.trains("llm_adapter") or network.trains("text_encoder")
+    """Whether gradients may go through the LLM adapter."""
+    return network.adapts("llm_adapter") or network.adapts("text_encoder")
 
 
 def _fits(width: int, mlp_width: int = 128, head_size: int = 32) -> bool:

@@ -132,8 +132,8 @@ class AdapterNetwork(nn.Module):
         """{id of a parameter: path of the module it changes}"""
         return {id(parameter): path for path, adapter in self.adapters.items() for parameter in adapter.parameters()}
 
-    def trains(self, part: str) -> bool:
-        """Whether any adapter belongs to "transformer", "llm_adapter" or "text_encoder"."""
+    def adapts(self, part: str) -> bool:
+        """Whether any adapter belongs to "transformer", "llm_adapter" or "text_encoder", whether or not it learns."""
         return part in self._parts
 
     @torch.no_grad()

@@ -130,7 +130,7 @@ class OutsideNetwork(nn.Module):
             by_name.setdefault((name, group.get("lr", learning_rate)), []).extend(parameters)
         return [{"name": name, "lr": rate, "params": params} for (name, rate), params in numbered(by_name).items()]
 
-    def trains(self, part: str) -> bool:
+    def adapts(self, part: str) -> bool:
         """Whether anything belongs to "transformer", "llm_adapter" or "text_encoder"."""
         return any(part_of(path) == part for path in self.paths().values())
 

@@ -138,7 +138,7 @@ def check_planned(
         logger.info("network_dim %d: LoKr with whole matrices", settings.network_dim)
     if settings.network_weights is not None and not settings.dim_from_weights:
         network.read_weights(settings.network_weights, settings.allow_partial_weights)
-    if settings.text_encoder_lr is not None and not network.trains("text_encoder"):
+    if settings.text_encoder_lr is not None and not network.adapts("text_encoder"):
         logger.warning("text_encoder_lr does nothing without network_args train_text_encoder=true")
     check_network(settings, network, caches_text)
     return network
@@ -151,11 +151,12 @@ def check_network(settings: NetworkSettings, network: Network, caches_text: bool
     """
     for file_format in settings.adapter_format:
         write_keys(network.adapter_tensors(), file_format)
-    if not network.trains("text_encoder"):
+    if not network.adapts("text_encoder"):
         return
     if caches_text:
         raise SettingError(
-            "cache_text_encoder_outputs: Qwen3's outputs change with train_text_encoder; drop one of them"
+            "cache_text_encoder_outputs: Qwen3 has adapters, by train_text_encoder or dim_from_weights, at whatever "
+            "rate; drop one of them"
         )
     if settings.network_train_unet_only:
         raise SettingError("network_train_unet_only contradicts network_args train_text_encoder: drop one of them")

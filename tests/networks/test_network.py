@@ -166,7 +166,7 @@ def test_the_llm_adapter_is_a_group_of_its_own_and_can_be_left_out(model):
     assert {group["name"]: len(group["params"]) for group in groups} == {"transformer": 49, "llm_adapter": 55}
     without = make_network(model, train_llm_adapter=False)
     assert [group["name"] for group in without.prepare_optimizer_params(None, None, 1.0)] == ["transformer"]
-    assert not without.trains("llm_adapter")
+    assert not without.adapts("llm_adapter")
 
 
 def test_disabled_equals_base_and_detach_restores_it(model):
@@ -546,8 +546,20 @@ def test_patterns_that_match_nothing_are_errors(model, arguments):
         make_network(model, **arguments)
 
 
-def test_an_llm_adapter_rate_of_zero_leaves_it_out(model):
-    assert not make_network(model, llm_adapter_lr=0).trains("llm_adapter")
+def test_an_llm_adapter_rate_of_zero_leaves_it_out_of_a_new_network(model):
+    assert not make_network(model, llm_adapter_lr=0).adapts("llm_adapter")
+
+
+def test_adapters_of_a_file_change_the_context_at_rate_zero_as_well(model, tmp_path):
+    randomised(make_network(model)).save_weights(tmp_path / "a.safetensors", None, None)
+    network, _ = create_network_from_weights(1.0, tmp_path / "a.safetensors", None, None, model, llm_adapter_lr=0)
+    groups = network.prepare_optimizer_params(None, 1e-4, 1e-4)
+    assert [group["name"] for group in groups] == ["transformer"]
+    text = (torch.randn(1, 5, 24), torch.ones(1, 5).bool(), torch.arange(4)[None], torch.ones(1, 4).bool())
+    before = model.encode_context(*text)
+    network.apply_to(None, model)
+    assert network.adapts("llm_adapter")
+    assert not torch.allclose(model.encode_context(*text), before, atol=1e-3)
 
 
 def test_dora_starts_at_the_base_and_follows_comfyuis_arithmetic(model):

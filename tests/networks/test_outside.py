@@ -120,7 +120,7 @@ def test_groups_have_names_rates_and_all_parameters(model, text_encoder, tmp_pat
     assert {group["name"]: (pytest.approx(group["lr"]), len(group["params"])) for group in groups} == {
         "text_encoder": (1e-5, 3), "text_encoder_2": (4e-5, 3), "transformer": (1e-3, 3), "transformer_2": (4e-3, 3),
     }  # fmt: skip
-    assert all(network.trains(part) for part in ("transformer", "llm_adapter", "text_encoder"))
+    assert all(network.adapts(part) for part in ("transformer", "llm_adapter", "text_encoder"))
     with pytest.raises(SettingError, match="cache_text_encoder_outputs"):
         check_network(NetworkSettings(), network, caches_text=True)
     table = summary_table(network, groups).splitlines()
@@ -130,7 +130,7 @@ def test_groups_have_names_rates_and_all_parameters(model, text_encoder, tmp_pat
     assert "text_encoders.qwen3_06b.transformer.model.layers.0.mlp.gate_proj.lora_up.weight" in keys
     assert len(keys) == 3 * 3
     alone = build(make_model(), text_encoder, network_args=(f"preset={preset}",), network_train_unet_only=True)
-    assert not alone.trains("text_encoder")
+    assert not alone.adapts("text_encoder")
 
 
 def test_norms_of_changes_can_be_limited(model):
