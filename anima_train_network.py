@@ -443,7 +443,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         model = self.settings.model
         files = ("pretrained_model_name_or_path", "vae", "qwen")
         identities: dict[str, Any] = {name: file_identity(getattr(model, name)) for name in files}
-        merged = [sha256_of(Path(file))[:16] for file in self.settings.network.base_weights]
+        merged = [sha256_of(file)[:16] for file in self.settings.network.base_weights]
         return {"topology": asdict(self.config), "model": {**identities, "base_weights": merged or None}}
 
     def model_facts(self) -> Mapping[str, Any]:

@@ -32,7 +32,7 @@ from library.garbage import kept_as_is
 from library.planning.plan import RunPlan, describe_plan
 from library.planning.planner import Planner
 from library.randomness import derive_seed
-from library.settings import Settings, settings_as_flat_dict
+from library.settings import Settings, shareable_settings
 from library.training.captured import CapturedBackward
 from library.training.choices import Choice, choose_compiling, choose_fusing, choose_graphs, recorded, told
 from library.training.ema import AdapterEma
@@ -42,7 +42,7 @@ from library.training.host_copy import reserve_host_memory
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
 from library.training.log_points import LogPoints, judges_at_once
-from library.training.metadata import RunFacts, adapter_metadata, shareable_path
+from library.training.metadata import RunFacts, adapter_metadata
 from library.training.meter import LossAverages, Meter
 from library.training.model_hashes import start_hashing
 from library.training.model_hooks import ModelHooks
@@ -113,7 +113,7 @@ class NetworkTrainer(ModelHooks):
 
     def __init__(self, settings: Settings, accelerator: Accelerator, known_problems: Sequence[str] = ()) -> None:
         self.settings = settings
-        self.flat_settings = settings_as_flat_dict(settings, shareable_path)
+        self.flat_settings = shareable_settings(settings)
         self.known_problems = known_problems
         self.accelerator = accelerator
         self.device = accelerator.device

@@ -26,7 +26,8 @@ _KEY = "option"
 class Option:
     """One declared setting.
 
-    type: the field's resolved annotation (bool, int, float, str, Path, Secret, tuple[str, ...], or one of them | None).
+    type: the field's resolved annotation (bool, int, float, str, Path, Secret, tuple[str, ...], tuple[Path, ...], or
+        one of them but the last | None).
     parse: turns the raw TOML or command-line value into the setting's value where the type alone does not say how;
         it raises ValueError with the expected form.
     zero_is_unset: whether 0 means the same as leaving it out: "save every 0 steps" is never.

@@ -20,7 +20,12 @@ def convert(option: Option, raw: Any) -> Any:
     """
     if types.NoneType in _kinds(option.type) and (raw in ("", []) or (option.zero_is_unset and _number(raw) == 0)):
         return None
-    value = option.parse(_single(raw)) if option.parse else _CONVERTERS[kinds(option)](raw)
+    if option.parse:
+        value = option.parse(_single(raw))
+    elif _holds_paths(option):
+        value = tuple(map(_to_path, _to_texts(raw)))
+    else:
+        value = _CONVERTERS[kinds(option)](raw)
     if option.choices is not None and value not in option.choices:
         known = ", ".join(map(str, option.choices))
         raise ValueError(f"expected one of {known}{did_you_mean(str(value), map(str, option.choices))}")
@@ -38,8 +43,8 @@ def is_bool(option: Option) -> bool:
 
 
 def is_path(option: Option) -> bool:
-    """Whether the value names a file or folder."""
-    return Path in kinds(option)
+    """Whether the value names a file or folder, or several."""
+    return Path in kinds(option) or _holds_paths(option)
 
 
 def is_secret(option: Option) -> bool:
@@ -60,6 +65,10 @@ def says_nothing(option: Option, raw: Any) -> bool:
         return True
     takes_text = kinds(option) == (str,) and option.choices is None and option.parse is None
     return isinstance(raw, str) and raw == "" and not takes_text and not takes_several(option)
+
+
+def _holds_paths(option: Option) -> bool:
+    return option.type == tuple[Path, ...]
 
 
 def _kinds(annotation: Any) -> tuple[type, ...]:

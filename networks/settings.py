@@ -72,7 +72,7 @@ class NetworkSettings:
     allow_partial_weights: bool = option(
         False, "Use of an adapter file what fits the model, with a warning, rather than stop."
     )
-    base_weights: tuple[str, ...] = option((), "Adapter files merged into the model before training.")
+    base_weights: tuple[Path, ...] = option((), "Adapter files merged into the model before training.")
     base_weights_multiplier: tuple[float, ...] = option(
         (), "Strength of each of base_weights; 1 where not given.", parse=parse_multipliers
     )

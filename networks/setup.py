@@ -109,10 +109,10 @@ def may_change_text_encoder(settings: NetworkSettings) -> bool:
     return asked or not is_own or settings.network_weights is not None or bool(settings.base_weights)
 
 
-def missing_adapter_files(settings: NetworkSettings) -> list[str]:
+def missing_adapter_files(settings: NetworkSettings) -> list[Path]:
     """The adapter files to start from that are not there."""
-    weights = [] if settings.network_weights is None else [str(settings.network_weights)]
-    return [file for file in (*weights, *settings.base_weights) if not Path(file).is_file()]
+    weights = [] if settings.network_weights is None else [settings.network_weights]
+    return [file for file in (*weights, *settings.base_weights) if not file.is_file()]
 
 
 def check_planned(
@@ -130,7 +130,7 @@ def check_planned(
     Raises what `create_network` and `check_network` raise; ModelFileError for adapter files that do not fit.
     """
     for file in settings.base_weights:
-        load_adapter_file(Path(file), weight_shapes(model, text_encoder), settings.allow_partial_weights)
+        load_adapter_file(file, weight_shapes(model, text_encoder), settings.allow_partial_weights)
     if settings.network_module not in _OWN_MODULES:
         return None
     network = create_network(settings, module, arguments, model, text_encoder)
@@ -169,7 +169,7 @@ def merge_base_weights(settings: NetworkSettings, model: nn.Module, text_encoder
             multiplier, file, None, text_encoder, model, allow_partial=settings.allow_partial_weights
         )
         base.merge_to(text_encoder, model)
-        logger.info("merged %s into the model, multiplied by %g", Path(file).name, multiplier)
+        logger.info("merged %s into the model, multiplied by %g", file.name, multiplier)
 
 
 def attach_network(

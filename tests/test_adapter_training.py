@@ -105,11 +105,16 @@ def test_base_weights_are_merged_before_training(config, losses, tmp_path):
     assert main(config(max_train_steps=1)) == 0
     assert main(config(max_train_steps=1, network_module=LOKR, network_weights=start)) == 0
     assert main(config(max_train_steps=1, base_weights=[str(start)])) == 0
-    assert main(config(max_train_steps=1, base_weights=[str(start)], base_weights_multiplier=[0.0])) == 0
+    words = config(max_train_steps=1, base_weights=[str(start)], base_weights_multiplier=[0.0], html_report=True)
+    assert main(words) == 0
     plain, continued, merged, merged_at_zero = losses
     assert abs(plain - continued) > 0.01
     assert merged == pytest.approx(continued, rel=1e-4)
     assert merged_at_zero == pytest.approx(plain, rel=1e-6)
+    with safe_open(tmp_path / "output" / "tiny.safetensors", "pt") as file:
+        metadata = str(file.metadata())
+    for told in (metadata, (tmp_path / "output" / "tiny_report.html").read_text(encoding="utf-8")):
+        assert "start.safetensors" in told and str(tmp_path) not in told
 
 
 def test_dora_starts_from_the_model_that_base_weights_were_merged_into(config, written, tiny_anima, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from library.options import Secret, option, options_of
 from library.settings.groups import run_options, shared_dataset_options, subset_options
-from library.values import convert, says_nothing
+from library.values import convert, is_path, says_nothing, takes_several
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Sample:
     text_or_unset: str | None = option(None, "")
     file: Path = option(Path("x"), "")
     texts: tuple[str, ...] = option((), "")
+    files: tuple[Path, ...] = option((), "")
     precision: str = option("no", "", choices=("no", "bf16"))
 
 
@@ -70,6 +71,10 @@ CONVERSIONS = [
     ("texts", "a=1", ("a=1",)),
     ("texts", [], ()),
     ("texts", "", ()),
+    ("files", ["a.safetensors", "b/c.safetensors"], (Path("a.safetensors"), Path("b/c.safetensors"))),
+    ("files", "a.safetensors", (Path("a.safetensors"),)),
+    ("files", [], ()),
+    ("files", "", ()),
     ("precision", "bf16", "bf16"),
 ]
 
@@ -101,6 +106,9 @@ REFUSALS = [
     ("file", "C:\train", "expected a path; in paths write /"),
     ("texts", ["a=1", 2], "list of texts"),
     ("texts", 3, "list of texts"),
+    ("files", ["a", ""], "a path"),
+    ("files", ["C:\train"], "expected a path; in paths write /"),
+    ("files", [3], "list of texts"),
     ("precision", "BF16", "did you mean bf16"),
     ("precision", "fp8", "one of no, bf16"),
 ]
@@ -126,6 +134,11 @@ def test_what_guis_write_for_an_empty_field_says_nothing_where_it_is_no_value():
     zero = option_like("count", zero_is_unset=True)
     assert says_nothing(zero, 0) and says_nothing(zero, "0") and not says_nothing(zero, 1)
     assert not says_nothing(OPTIONS["count"], 0)
+
+
+def test_files_are_known_as_paths_and_lists_as_such():
+    assert {name for name, declared in OPTIONS.items() if is_path(declared)} == {"file", "files"}
+    assert {name for name, declared in OPTIONS.items() if takes_several(declared)} == {"texts", "files"}
 
 
 def option_like(name: str, **changes):

@@ -36,8 +36,7 @@ from library.data.dataset import Batch, StepBatches
 from library.data.pictures import Picture
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.planning.plan import RunPlan
-from library.settings import Settings, settings_as_flat_dict
-from library.training.metadata import shareable_path
+from library.settings import Settings, shareable_settings
 from library.training.monitor import Monitor
 from library.training.saver import Saver
 from library.training.saving import NO_FILES
@@ -85,7 +84,7 @@ class LoopTrainer(BenchmarkTrainer):
 
     def milliseconds(self, settings: Settings, keeps_records: bool) -> tuple[float, list[float]]:
         """Of a step on average, and of each save's call."""
-        self.settings, self.flat_settings = settings, settings_as_flat_dict(settings, shareable_path)
+        self.settings, self.flat_settings = settings, shareable_settings(settings)
         self.saver = Saver(settings.saving)
         self.records = StepRecords(lambda own: own) if keeps_records else NoRecords()
         self.times, self.saves = [], []

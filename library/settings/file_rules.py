@@ -44,7 +44,7 @@ def files_to_start_from(settings: Settings) -> Iterator[str]:
     if network.dim_from_weights and weights is None:
         yield f"{origin(settings, 'dim_from_weights')} needs network_weights: the adapter file to take them from"
     for file in network.base_weights:
-        if not Path(file).is_file():
+        if not file.is_file():
             yield f"{origin(settings, 'base_weights')}: there is no file {file}"
     if len(network.base_weights_multiplier) > len(network.base_weights):
         yield f"{origin(settings, 'base_weights_multiplier')}: more numbers than base_weights has files"

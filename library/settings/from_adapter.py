@@ -94,9 +94,10 @@ def _usable(values: Mapping[str, Any], options: Mapping[str, Option], untold: li
 def _is_missing(values: Mapping[str, Any], options: Mapping[str, Option]) -> bool:
     """Whether a file or folder that is read is named but not there."""
     return any(
-        is_path(options[name]) and isinstance(value, str) and not Path(value).exists()
+        isinstance(path, str) and not Path(path).exists()
         for name, value in values.items()
-        if name in options and options[name].default is None
+        if name in options and is_path(options[name]) and not options[name].default
+        for path in (value if isinstance(value, list) else [value])
     )
 
 

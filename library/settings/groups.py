@@ -21,6 +21,7 @@ from library.options import Option, Secret, options_of
 from library.settings.entries import Given
 from library.training.ema import EmaSettings
 from library.training.guard import GuardSettings
+from library.training.metadata import shareable_argument, shareable_path
 from library.training.monitor import MonitorSettings
 from library.training.optimizers import OptimizerSettings
 from library.training.run import RunSettings
@@ -117,29 +118,36 @@ def by_spelling(options: Mapping[str, Option]) -> dict[str, Option]:
     return {spelling: option for option in options.values() for spelling in (option.name, *option.aliases)}
 
 
-def settings_as_flat_dict(settings: Settings, path_text: Callable[[Path], str] = str) -> dict[str, Any]:
+def settings_as_flat_dict(
+    settings: Settings, path_text: Callable[[Path], str] = str, item_text: Callable[[str], str] = str
+) -> dict[str, Any]:
     """Every resolved value by option name, as JSON can hold it; `datasets` is a list of such dicts with `subsets`.
 
-    Secrets are left as if unset. path_text: how a path is written.
+    Secrets are left as if unset. path_text: how a path is written; item_text: a text of a list, such as 'key=value'.
     """
     flat = {
-        option.name: _as_json(getattr(getattr(settings, field), option.name), path_text)
+        option.name: _as_json(getattr(getattr(settings, field), option.name), path_text, item_text)
         for field, group in run_groups().items()
         for option in options_of(group)
     }
-    flat["datasets"] = [_as_json(dataclasses.asdict(dataset), path_text) for dataset in settings.datasets]
+    flat["datasets"] = [_as_json(dataclasses.asdict(dataset), path_text, item_text) for dataset in settings.datasets]
     return flat
 
 
-def _as_json(value: Any, path_text: Callable[[Path], str]) -> Any:
+def shareable_settings(settings: Settings) -> dict[str, Any]:
+    """`settings_as_flat_dict` for files that others will see: no folders of the machine are in it."""
+    return settings_as_flat_dict(settings, shareable_path, shareable_argument)
+
+
+def _as_json(value: Any, path_text: Callable[[Path], str], item_text: Callable[[str], str]) -> Any:
     if isinstance(value, Path):
         return path_text(value)
     if isinstance(value, Secret):
         return None
     if isinstance(value, tuple | list):
-        return [_as_json(item, path_text) for item in value]
+        return [item_text(item) if isinstance(item, str) else _as_json(item, path_text, item_text) for item in value]
     if isinstance(value, dict):
-        return {key: _as_json(item, path_text) for key, item in value.items()}
+        return {key: _as_json(item, path_text, item_text) for key, item in value.items()}
     return value
 
 

@@ -109,7 +109,7 @@ def adapter_metadata(
         **facts.file_hashes,
         **facts.data,
         "optimizer": _call_text(settings["optimizer_type"], settings["optimizer_args"]),
-        "network_args": dict(facts.network_args),
+        "network_args": {name: shareable_value(text) for name, text in facts.network_args.items()},
         "num_batches_per_epoch": facts.num_batches_per_epoch,
         "num_epochs": facts.num_epochs,
         "max_train_steps": facts.max_train_steps,
@@ -144,6 +144,18 @@ def _modelspec(settings: Mapping[str, Any], facts: RunFacts, finished_at: float)
 def shareable_path(path: Path) -> str:
     """A path for a file that others will see: a relative one as it is, of an absolute one the last name."""
     return path.name if path.anchor else path.as_posix()
+
+
+def shareable_value(text: str) -> str:
+    """The same of a text, where that is an absolute path."""
+    path = Path(text.strip())
+    return shareable_path(path) if path.is_absolute() else text
+
+
+def shareable_argument(entry: str) -> str:
+    """The same of the value in key=value."""
+    name, separator, value = entry.partition("=")
+    return f"{name}{separator}{shareable_value(value)}"
 
 
 def _call_text(name: str, arguments: list[str]) -> str:

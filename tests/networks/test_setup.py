@@ -52,7 +52,7 @@ def test_settings_tell_whether_the_text_encoder_may_be_changed(tmp_path):
         NetworkSettings(network_args=("train_text_encoder = true",)),
         NetworkSettings(network_module="lycoris.kohya"),
         NetworkSettings(network_weights=tmp_path / "adapter.safetensors"),
-        NetworkSettings(base_weights=("adapter.safetensors",)),
+        NetworkSettings(base_weights=(tmp_path / "adapter.safetensors",)),
     ):
         assert may_change_text_encoder(settings)
 
@@ -108,7 +108,7 @@ def test_adapter_files_that_do_not_fit_are_told_from_the_plan(model, text_encode
     for settings in (
         NetworkSettings(network_weights=file),
         NetworkSettings(network_weights=nonsense),
-        NetworkSettings(base_weights=(str(nonsense),)),
+        NetworkSettings(base_weights=(nonsense,)),
     ):
         with pytest.raises(ModelFileError, match=r"(rank8|nonsense)\.safetensors"):
             check_planned(settings, lora_anima, network_arguments(settings, ()), plan, text_encoder, caches_text=False)
@@ -169,7 +169,7 @@ def test_base_weights_are_merged_with_their_strengths_before_the_network_is_atta
         nn.init.normal_(parameter, std=0.1)
     base.save_weights(tmp_path / "base.safetensors", None, None)
     layer, norm = model.blocks[0].mlp.layer1.weight.clone(), model.t_embedding_norm.weight.clone()
-    settings = NetworkSettings(base_weights=(str(tmp_path / "base.safetensors"),) * 2, base_weights_multiplier=(0.5,))
+    settings = NetworkSettings(base_weights=(tmp_path / "base.safetensors",) * 2, base_weights_multiplier=(0.5,))
     network = build(settings, model, text_encoder)
     change = base.adapters["blocks.0.mlp.layer1"].delta_weight()
     torch.testing.assert_close(model.blocks[0].mlp.layer1.weight, layer + 1.5 * change, rtol=1e-5, atol=1e-6)

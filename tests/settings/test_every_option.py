@@ -40,6 +40,8 @@ def toml_and_words(spelling):
         value = next(choice for choice in declared.choices if choice != declared.default)
         return f'"{value}"', [f"--{spelling}", value], value
     annotation = str(declared.type)
+    if "tuple" in annotation and "Path" in annotation:
+        return '["a", "b/c"]', [f"--{spelling}", "a", "b/c"], (Path("a"), Path("b/c"))
     if "tuple" in annotation:
         return '["a=1", "b=2"]', [f"--{spelling}", "a=1", "b=2"], ("a=1", "b=2")
     if "Path" in annotation:

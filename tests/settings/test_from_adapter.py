@@ -2,14 +2,14 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from library.errors import ModelFileError, SettingError
-from library.settings import read_settings, settings_as_flat_dict
-from library.training.metadata import shareable_path
+from library.settings import read_settings, shareable_settings
 from tests.settings.test_listing import DATASETS, comparable
 
 
@@ -19,7 +19,7 @@ def save_adapter(workplace, metadata, name="a.safetensors"):
 
 
 def own_metadata(settings):
-    return {"ss_anima_settings": json.dumps(settings_as_flat_dict(settings, shareable_path))}
+    return {"ss_anima_settings": json.dumps(shareable_settings(settings))}
 
 
 RUN = [
@@ -72,6 +72,16 @@ def test_what_is_not_on_this_machine_is_listed(workplace, needed_flags, caplog):
     assert "qwen:" not in caplog.text
     settings = read_settings([*words, "--vae", "other.safetensors", "--train_data_dir", "train"])
     assert settings.run.seed == 7
+
+
+def test_files_of_a_list_that_are_not_on_this_machine_are_listed(workplace, needed_flags, caplog):
+    (workplace / "base.safetensors").touch()
+    base = ["--base_weights", str(workplace / "base.safetensors")]
+    words = save_adapter(workplace, own_metadata(read_settings([*needed_flags, *base])))
+    assert read_settings(words).network.base_weights == (Path("base.safetensors"),)
+    (workplace / "base.safetensors").unlink()
+    assert read_settings(words).network.base_weights == ()
+    assert "base_weights: it was ['base.safetensors'], which is not here" in caplog.text
 
 
 def test_a_setting_of_another_version_is_listed(workplace, needed_flags, caplog):

@@ -278,6 +278,7 @@ OWN_TYPES = {  # values that are not what TOML reads
     "network_alpha": 8.0,
     "lr_scheduler_num_cycles": 3.0,
     "adapter_format": ("kohya", "comfy"),
+    "base_weights": (Path("a.safetensors"), Path("b.safetensors")),
     "base_weights_multiplier": (0.5, 1.0),
     "face_crop_aug_range": (2.0, 4.0),
 }

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.summary import describe_data
-from library.settings import Settings, read_settings, settings_as_flat_dict
+from library.settings import Settings, read_settings, settings_as_flat_dict, shareable_settings
 from library.settings.groups import top_level_options
 from library.training.metadata import RunFacts, adapter_metadata, shareable_path
 
@@ -56,7 +56,7 @@ def facts(**changed) -> RunFacts:
 
 
 def written(settings: Settings, known: RunFacts) -> dict[str, str]:
-    return adapter_metadata(settings_as_flat_dict(settings, shareable_path), known, 12, 2, FINISHED)
+    return adapter_metadata(shareable_settings(settings), known, 12, 2, FINISHED)
 
 
 def test_every_key_and_value(tmp_path):
@@ -153,6 +153,22 @@ def test_settings_of_a_run_are_whole_but_tell_no_folders_of_the_machine(tmp_path
     assert (held["vae"], held["output_dir"], held["resume"]) == ("vae.safetensors", "out", None)
     assert held["datasets"][0]["subsets"][0]["image_dir"] == "10_cat"
     assert held["datasets"][0]["subsets"][0]["num_repeats"] == 10
+
+
+def test_lists_and_arguments_tell_no_folders_either(tmp_path):
+    base, preset = tmp_path / "base.safetensors", tmp_path / "my_preset.toml"
+    base.touch()
+    settings = read(
+        tmp_path, "--base_weights", str(base), "--network_module", "lycoris.kohya",
+        "--network_args", f"preset={preset}", "algo=lokr", "rule=a=/b", "--no-train_norm",
+    )  # fmt: skip
+    arguments = {"preset": str(preset), "algo": "lokr", "rule": "a=/b"}
+    told = written(settings, facts(network_args=arguments))
+    assert str(tmp_path) not in json.dumps(told)
+    held = json.loads(told["ss_anima_settings"])
+    assert held["base_weights"] == ["base.safetensors"]
+    assert held["network_args"] == ["preset=my_preset.toml", "algo=lokr", "rule=a=/b"]
+    assert json.loads(told["ss_network_args"]) == {"preset": "my_preset.toml", "algo": "lokr", "rule": "a=/b"}
 
 
 def test_paths_for_others():
