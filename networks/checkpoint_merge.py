@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from library.anima_runtime.checkpoint import check_transformer_file, strip_prefix
+from library.anima_runtime.checkpoint import check_transformer_file, names_in_file
 from library.anima_runtime.model_files import read_header
 from library.anima_runtime.quantised import StoredTensor, fold_scales
 from library.errors import ModelFileError
@@ -71,8 +71,7 @@ def plan_merge(checkpoint: Path, adapter_files: Sequence[tuple[Path, float]]) ->
     check_transformer_file(checkpoint)
     header = read_header(checkpoint)
     _refuse_quantised(checkpoint, header)
-    rename = strip_prefix(header)
-    names = {model_name: name for name in header if (model_name := rename(name)) is not None}
+    names = names_in_file(header)
     weights = {model_name: name for model_name, name in names.items() if model_name.endswith(".weight")}
     shapes = {model_name.removesuffix(".weight"): header[name].shape for model_name, name in weights.items()}
     sources, left_out = [], []

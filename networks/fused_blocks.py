@@ -26,9 +26,9 @@ from networks.fused_parts import TrainedWeights
 from networks.fused_tape import Given, Tape
 from networks.lokr import LoKr
 from networks.lora import LoRA
+from networks.module_names import LLM_ADAPTER
 from networks.network import AdapterNetwork
 from networks.norm import NormDelta
-from networks.targets import LLM_ADAPTER_PREFIX
 
 
 class _RunBlock(torch.autograd.Function):
@@ -152,7 +152,7 @@ def fuse_obstacle(transformer: AnimaTransformer, network: nn.Module) -> str | No
     if _passes_llm_adapter(network):
         adapter = config.llm_adapter
         fits = fits and _fits(adapter.width, adapter.mlp_width, adapter.head_size) and _fits(adapter.context_width)
-        parts.append(LLM_ADAPTER_PREFIX)
+        parts.append(LLM_ADAPTER)
     if not fits:
         return "the model's widths do not fit the kernels"
     return next(filter(None, (_obstacle_of(network, part) for part in parts)), None)

@@ -23,8 +23,8 @@ from library.anima_runtime.residual_norm import (
 from networks.fused_llm_block import Activations, Found, FusedLLMBlock, GradientRooms, Rooms, Surroundings
 from networks.fused_parts import Joint, Parts, TrainedWeights, rooms_of, rows
 from networks.joint_linear import Passed, parameter_gradients
+from networks.module_names import LLM_ADAPTER
 from networks.network import AdapterNetwork
-from networks.targets import LLM_ADAPTER_PREFIX
 
 
 class _Saved(NamedTuple):
@@ -65,9 +65,9 @@ class FusedLLMAdapter:
         self._network, self._adapter = network, adapter
         self._plainly = adapter.run_rows
         adapters = {
-            path.removeprefix(LLM_ADAPTER_PREFIX): each
+            path.removeprefix(LLM_ADAPTER): each
             for path, each in network.adapters.items()
-            if path.startswith(LLM_ADAPTER_PREFIX)
+            if path.startswith(LLM_ADAPTER)
         }
         parts = Parts(adapter, adapters)
         self._blocks = []

@@ -17,14 +17,13 @@ from torch import Tensor
 from library.errors import ModelFileError, SettingError, first_ten
 from networks.adapter_types import NORM_VALUE, Adapters, adapter_kind, normalised, rank_of, tensor_shapes
 from networks.module_names import TEXT_ENCODER, diffusers_name
-from networks.peft_alphas import peft_alpha
+from networks.peft_alphas import PEFT_PREFIX, peft_alpha
 
 FORMATS = ("comfy", "kohya", "diffusers")
 
 COMFY_PREFIX = "diffusion_model."
 _COMFY_TEXT_ENCODER = "text_encoders.qwen3_06b.transformer.model."
 _OLD_NORM_PREFIX = "__anima_norm__."
-_PEFT_PREFIX = "base_model.model."
 
 # Prefix in a file, what stands for it inside, and whose spelling it is. The first that leads to a module wins.
 _PREFIXES = (
@@ -165,7 +164,7 @@ def _find_key(key: str, modules: Mapping[str, str]) -> FileKey | None:
     if known is None:
         return None
     spelling = key[: -len(known) - 1]
-    bare = spelling.removeprefix(_PEFT_PREFIX)
+    bare = spelling.removeprefix(PEFT_PREFIX)
     module = _find_module(bare, modules)
     return module and FileKey(module[0], _SUFFIXES[known], spelling, module[1] if bare == spelling else "PEFT")
 

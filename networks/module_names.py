@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 TEXT_ENCODER = "text_encoder."
+LLM_ADAPTER = "llm_adapter."
 
 _DIFFUSERS_OUTSIDE_BLOCKS = {
     "x_embedder.proj.1": "patch_embed.proj",
@@ -62,8 +63,8 @@ def module_names(depth: int, llm_adapter_depth: int = 6, text_encoder_depth: int
     return (
         *_DIFFUSERS_OUTSIDE_BLOCKS,
         *(f"blocks.{i}.{part}" for i in range(depth) for part in _DIFFUSERS_IN_BLOCK),
-        *(f"llm_adapter.{part}" for part in ("embed", "out_proj", "norm")),
-        *(f"llm_adapter.blocks.{i}.{part}" for i in range(llm_adapter_depth) for part in _IN_ADAPTER_BLOCK),
+        *(f"{LLM_ADAPTER}{part}" for part in ("embed", "out_proj", "norm")),
+        *(f"{LLM_ADAPTER}blocks.{i}.{part}" for i in range(llm_adapter_depth) for part in _IN_ADAPTER_BLOCK),
         *(f"{TEXT_ENCODER}{part}" for part in ("embed_tokens", "norm")),
         *(f"{TEXT_ENCODER}layers.{i}.{part}" for i in range(text_encoder_depth) for part in _IN_TEXT_ENCODER_LAYER),
     )
@@ -86,8 +87,8 @@ def depth_of_keys(keys: Iterable[str], part: str = "transformer") -> int:
 
 def diffusers_name(path: str) -> str:
     """The module's name in diffusers' CosmosTransformer3DModel, or in its AnimaTextConditioner after that prefix."""
-    if path.startswith("llm_adapter."):
-        return "text_conditioner." + path.removeprefix("llm_adapter.")
+    if path.startswith(LLM_ADAPTER):
+        return "text_conditioner." + path.removeprefix(LLM_ADAPTER)
     if path.startswith("blocks."):
         _, number, part = path.split(".", 2)
         return f"transformer_blocks.{number}.{_DIFFUSERS_IN_BLOCK.get(part, part)}"

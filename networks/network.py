@@ -16,9 +16,10 @@ from networks.adapter import Adapter
 from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
 from networks.adapter_types import Adapters, tensor_shapes
 from networks.arguments import NO_ARGUMENTS, NetworkArguments, by_pattern
+from networks.module_names import LLM_ADAPTER, TEXT_ENCODER
 from networks.norm import NormDelta
 from networks.patterns import value_for
-from networks.targets import LLM_ADAPTER_PREFIX, TEXT_ENCODER_PREFIX, named_modules
+from networks.targets import named_modules
 
 # Other trainers save alphas in bf16 as well, which keeps 8 bits.
 _ALPHA_ROUNDING = 2**-8
@@ -58,7 +59,7 @@ class AdapterNetwork(nn.Module):
         if missing:
             raise ModelFileError(f"the model has no such module for the adapter: {first_ten(missing)}")
         for path, adapter in self.adapters.items():
-            if apply_text_encoder if path.startswith(TEXT_ENCODER_PREFIX) else apply_unet:
+            if apply_text_encoder if path.startswith(TEXT_ENCODER) else apply_unet:
                 self._hooks.append(modules[path].register_forward_hook(self._hook(adapter)))
 
     def _hook(self, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -197,9 +198,9 @@ def misfit(path: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 def part_of(path: str) -> str:
     """Which part of the model a module path belongs to: "transformer", "llm_adapter" or "text_encoder"."""
-    if path.startswith(TEXT_ENCODER_PREFIX):
+    if path.startswith(TEXT_ENCODER):
         return "text_encoder"
-    return "llm_adapter" if path.startswith(LLM_ADAPTER_PREFIX) else "transformer"
+    return "llm_adapter" if path.startswith(LLM_ADAPTER) else "transformer"
 
 
 def numbered(groups: Mapping[tuple[str, float], list[nn.Parameter]]) -> dict[tuple[str, float], list[nn.Parameter]]:

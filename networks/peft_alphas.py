@@ -11,8 +11,8 @@ from typing import Any
 from library.errors import ModelFileError
 
 HEADER_KEY = "lora_adapter_metadata"
-
-_WRAPPER = "base_model.model."
+# What PEFT puts before the names of the model that it wraps.
+PEFT_PREFIX = "base_model.model."
 
 
 def peft_alpha(
@@ -23,7 +23,7 @@ def peft_alpha(
     module: as the file spells it. metadata: the file's header, whose JSON has its settings by component as a
     pipeline saves them ("transformer.lora_alpha"), or bare as one model does. config: adapter_config.json's contents.
     """
-    module = module.removeprefix(_WRAPPER)
+    module = module.removeprefix(PEFT_PREFIX)
     component, _, inside = module.partition(".")
     header = _header_settings(metadata)
     own = {key.removeprefix(f"{component}."): value for key, value in header.items() if key.startswith(f"{component}.")}

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from library.options import option
-
-ADAPTER_FORMATS = ("comfy", "kohya", "diffusers")
+from networks.key_formats import FORMATS
 
 
 def parse_formats(value: Any) -> tuple[str, ...]:
     """A format or a list of them -> formats without repeats; ValueError names the known ones."""
     formats = value if isinstance(value, list | tuple) else [value]
-    if not formats or any(name not in ADAPTER_FORMATS for name in formats):
-        raise ValueError(f"expected one or more of {', '.join(ADAPTER_FORMATS)}")
+    if not formats or any(name not in FORMATS for name in formats):
+        raise ValueError(f"expected one or more of {', '.join(FORMATS)}")
     return tuple(dict.fromkeys(formats))
 
 

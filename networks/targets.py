@@ -9,10 +9,8 @@ from torch import nn
 
 from library.errors import SettingError, did_you_mean
 from networks.arguments import NetworkArguments
+from networks.module_names import LLM_ADAPTER, TEXT_ENCODER
 from networks.patterns import matches, unmatched
-
-TEXT_ENCODER_PREFIX = "text_encoder."
-LLM_ADAPTER_PREFIX = "llm_adapter."
 
 TRANSFORMER_TARGETS = (
     r"blocks\.\d+\.(self_attn|cross_attn)\.(q_proj|k_proj|v_proj|output_proj)",
@@ -33,7 +31,7 @@ def named_modules(model: nn.Module, text_encoder: nn.Module | None) -> dict[str,
     """All modules by the paths that adapters go by: the transformer's own, Qwen3's after "text_encoder."."""
     modules = dict(model.named_modules())
     if text_encoder is not None:
-        modules |= {TEXT_ENCODER_PREFIX + path: module for path, module in text_encoder.named_modules()}
+        modules |= {TEXT_ENCODER + path: module for path, module in text_encoder.named_modules()}
     return modules
 
 
@@ -41,9 +39,9 @@ def trainable_modules(modules: Mapping[str, nn.Module], arguments: NetworkArgume
     """The modules in the parts that the arguments train at all."""
     left_out = []
     if not arguments.train_llm_adapter or arguments.llm_adapter_lr == 0:
-        left_out.append(LLM_ADAPTER_PREFIX)
+        left_out.append(LLM_ADAPTER)
     if not arguments.train_text_encoder:
-        left_out.append(TEXT_ENCODER_PREFIX)
+        left_out.append(TEXT_ENCODER)
     return {path: module for path, module in modules.items() if not path.startswith(tuple(left_out))}
 
 
@@ -78,7 +76,7 @@ def find_norms(modules: Mapping[str, nn.Module], arguments: NetworkArguments) ->
         path: module
         for path, module in modules.items()
         if type(module).__name__ == "RMSNorm"
-        and not path.startswith(TEXT_ENCODER_PREFIX)
+        and not path.startswith(TEXT_ENCODER)
         and not any(matches(path, pattern) for pattern in arguments.exclude_patterns)
     }
 

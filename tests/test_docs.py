@@ -7,7 +7,7 @@ from pathlib import Path
 
 from library.options import options_of
 from networks.arguments import NetworkArguments, read_arguments
-from networks.settings import ADAPTER_FORMATS
+from networks.key_formats import FORMATS
 from networks.setup import _OWN_MODULES
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,6 @@ def test_the_adapters_page_lists_every_argument_with_its_default_and_help():
 
 def test_the_adapters_page_names_every_module_and_format_and_only_files_that_exist():
     assert all(f'"{module}"' in PAGE for module in _OWN_MODULES)
-    assert all(f"| `{name}`" in PAGE for name in ADAPTER_FORMATS)
+    assert all(f"| `{name}`" in PAGE for name in FORMATS)
     for target in re.findall(r"\]\(([^)]+)\)", PAGE):
         assert (ROOT / "docs" / target).is_file(), target

@@ -6,18 +6,16 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from library.errors import SettingError
 from library.files import write_atomically
 from library.tensor_files import TensorSpool, write_tensors
 from library.training.model_hashes import BLANK_HASHES, fill_hashes
+from library.training.saving import SAVE_DTYPES
 from networks.adapter_files import export_tensors
 from networks.adapter_types import Adapters
 from networks.key_formats import FORMATS
-
-PRECISIONS = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def add_output_arguments(
@@ -34,7 +32,7 @@ def add_output_arguments(
     )
     parser.add_argument(
         "--precision",
-        choices=tuple(PRECISIONS),
+        choices=tuple(SAVE_DTYPES),
         default=default_precision,
         help="number format " + (f"(default {default_precision})" if default_precision else "(unset: each tensor's)"),
     )
@@ -61,7 +59,7 @@ class AdapterWriter:
 
     def add(self, module: str, own: Mapping[str, Tensor]) -> None:
         """One module's tensors by suffix; see `networks.adapter_files.export_tensors` for the errors."""
-        dtype = PRECISIONS.get(self._arguments.precision)
+        dtype = SAVE_DTYPES.get(self._arguments.precision)
         for key, tensor in export_tensors({module: own}, self._arguments.format, dtype).items():
             self._spool.add(key, tensor)
         self.outline[module] = {

@@ -12,7 +12,7 @@ from library.console import show
 from library.errors import SettingError
 from networks.adapter_types import rank_of, tensor_shapes
 from networks.approximation import Approximation, Limits
-from networks.module_names import TEXT_ENCODER
+from networks.network import part_of
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def show_approximations(approximations: Mapping[str, Approximation]) -> None:
     """
     parts: dict[str, dict[str, Approximation]] = {}
     for path, found in approximations.items():
-        parts.setdefault(_part(path), {})[path] = found
+        parts.setdefault(part_of(path), {})[path] = found
     for part, own in parts.items():
         before = _ranks_text({found.rank_before for found in own.values()})
         after = _ranks_text({found.rank for found in own.values()})
@@ -64,12 +64,6 @@ def show_approximations(approximations: Mapping[str, Approximation]) -> None:
             f"relative error {_percent(error / norm if norm else 0.0)}, "
             f"at most {_percent(own[worst].relative_error)} ({worst})"
         )
-
-
-def _part(path: str) -> str:
-    if path.startswith(TEXT_ENCODER):
-        return "text_encoder"
-    return "llm_adapter" if path.startswith("llm_adapter.") else "transformer"
 
 
 def _ranks_text(ranks: Collection[int | None]) -> str:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from safetensors import safe_open
 from torch import Tensor
 
+from library.anima_runtime.checkpoint import names_in_file
 from library.anima_runtime.model_files import read_header
 from library.console import show, show_error
 from library.errors import ModelFileError, SettingError, UserError
@@ -66,14 +67,14 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def _weight_reader(path: Path) -> Callable[[str], Tensor]:
     """Reads single weights of a checkpoint, whatever prefix its names have."""
-    marker = "x_embedder.proj.1.weight"
-    prefix = next((name[: -len(marker)] for name in read_header(path) if name.endswith(marker)), None)
-    if prefix is None:
-        raise ModelFileError(f"--base_model: {path} has no {marker}; it is not an Anima transformer")
+    names = names_in_file(read_header(path))
 
     def read(module: str) -> Tensor:
+        name = names.get(f"{module}.weight")
+        if name is None:
+            raise ModelFileError(f"--base_model: {path} has no {module}.weight; give the transformer of the adapter")
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(f"{prefix}{module}.weight")
+            return file.get_tensor(name)
 
     return read
 

@@ -50,6 +50,12 @@ def _plan_transformer(path: Path) -> tuple[AnimaTransformer, Rename]:
         return AnimaTransformer(config), rename
 
 
+def names_in_file(names: Collection[str]) -> dict[str, str]:
+    """{the model's own name: the name in a transformer file} of a file's tensors, without position buffers."""
+    rename = strip_prefix(names)
+    return {own: name for name in names if (own := rename(name)) is not None}
+
+
 def strip_prefix(names: Collection[str]) -> Rename:
     """Renames a transformer file's tensors as the model does: without their prefix; None for position buffers."""
     prefix = next((prefix for prefix in _PREFIXES if f"{prefix}x_embedder.proj.1.weight" in names), "")
