@@ -44,6 +44,7 @@ from library.data.dataset import Batch
 from library.data.picture_index import cache_folder
 from library.data.pictures import Picture
 from library.errors import Problems, UserError
+from library.model_hashes import sha256_of
 from library.planning.plan import RunPlan
 from library.settings import settings_and_problems
 from library.settings.answers import answers_instead
@@ -61,7 +62,6 @@ from library.training.choices import (
 )
 from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
-from library.training.model_hashes import sha256_of
 from library.training.preflight import memory_limit
 from library.training.processes import is_first_to_tell, make_accelerator
 from library.training.samples import SamplePicture

@@ -29,6 +29,7 @@ from library.data.summary import describe_data
 from library.data.team import Team
 from library.data.validation import as_measured, counterparts, measured_batches
 from library.garbage import kept_as_is
+from library.model_hashes import start_hashing
 from library.planning.plan import RunPlan, describe_plan
 from library.planning.planner import Planner
 from library.randomness import derive_seed
@@ -44,7 +45,6 @@ from library.training.lack_of_memory import explaining_lack_of_memory, tried_twi
 from library.training.log_points import LogPoints, judges_at_once
 from library.training.metadata import RunFacts, adapter_metadata
 from library.training.meter import LossAverages, Meter
-from library.training.model_hashes import start_hashing
 from library.training.model_hooks import ModelHooks
 from library.training.monitor import Monitor
 from library.training.optimizers import (

@@ -1,4 +1,4 @@
-"""Reading and writing adapter files. Nothing of a file is dropped silently; a written file is whole or not there."""
+"""Reading adapter files, of which nothing is dropped silently, and the tensors of one to be written."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import read_header
 from library.errors import ModelFileError, first_ten
-from library.files import write_atomically
 from library.tensor_files import DTYPES
 from networks.adapter_types import Adapters, Shape, describe_adapters, normalised, weight_shape
 from networks.key_formats import FileKey, ParsedAdapter, find_keys, parse_keys, write_keys
@@ -224,15 +222,3 @@ def _converted(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         largest = tensor[tensor.isfinite()].abs().max().item()
         raise ModelFileError(f"{key} has values up to {largest:.3g}, too large for {dtype}; save as bf16 or float.")
     return converted
-
-
-def save_adapter_file(
-    path: Path,
-    adapters: Mapping[str, Mapping[str, Tensor]],
-    file_format: str,
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str] | None,
-) -> None:
-    """Writes an adapter as safetensors; see `export_tensors` for dtype and errors."""
-    tensors = export_tensors(adapters, file_format, dtype)
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=dict(metadata or {}) or None))

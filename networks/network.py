@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from library.adapter_writing import write_adapter
 from library.errors import ModelFileError, SettingError, first_ten
 from networks.adapter import Adapter
-from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
+from networks.adapter_files import export_tensors, load_adapter_file
 from networks.adapter_types import Adapters, tensor_shapes
 from networks.arguments import NO_ARGUMENTS, NetworkArguments, by_pattern
 from networks.module_names import LLM_ADAPTER, TEXT_ENCODER
@@ -40,7 +41,6 @@ class AdapterNetwork(nn.Module):
         self.adapters = dict(adapters)
         self.multiplier = multiplier
         self.arguments = arguments
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._parts = {part_of(path) for path in adapters}  # each step asks for them
         for path, adapter in adapters.items():
             _add_under_path(self, path, adapter)
@@ -60,7 +60,7 @@ class AdapterNetwork(nn.Module):
             raise ModelFileError(f"the model has no such module for the adapter: {first_ten(missing)}")
         for path, adapter in self.adapters.items():
             if apply_text_encoder if path.startswith(TEXT_ENCODER) else apply_unet:
-                self._hooks.append(modules[path].register_forward_hook(self._hook(adapter)))
+                modules[path].register_forward_hook(self._hook(adapter))
 
     def _hook(self, adapter: Adapter) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def run_adapter(module: nn.Module, inputs: tuple[Tensor, ...], base_output: Tensor) -> Tensor:
@@ -70,12 +70,6 @@ class AdapterNetwork(nn.Module):
             return output if self.multiplier == 1 else torch.lerp(base_output, output, self.multiplier)
 
         return run_adapter
-
-    def detach(self) -> None:
-        """Gives the model back as it was."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -161,8 +155,11 @@ class AdapterNetwork(nn.Module):
         metadata: dict[str, str] | None,
         file_format: str = "comfy",
     ) -> None:
-        """Writes the adapter as safetensors; the file is complete under its name or not there."""
-        save_adapter_file(Path(file), self.adapter_tensors(), file_format, dtype, metadata)
+        """Writes the adapter as a run does: the file has been read back, and is complete under its name or not there.
+
+        The name is Kohya's. dtype: None keeps float32; see `export_tensors`.
+        """
+        write_adapter(Path(file), export_tensors(self.adapter_tensors(), file_format, dtype), metadata)
 
     def load_weights(self, file: str | Path, allow_partial: bool = False) -> None:
         """Takes over an adapter file of any readable format, see `read_weights`. What the file lacks stays as it is."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from library.errors import ModelFileError, SettingError, first_ten
-from networks.adapter_files import export_tensors, load_adapter_file, save_adapter_file
+from networks.adapter_files import export_tensors, load_adapter_file
 from networks.adapter_types import Adapters, tensor_shapes, weight_shape
 from networks.key_formats import FileKey, find_keys, parse_keys
 from networks.module_names import module_names_covering
@@ -165,12 +165,6 @@ class OutsideNetwork(nn.Module):
     def export(self, file_format: str = "comfy") -> dict[str, Tensor]:
         """The tensors of a file of that format, float32 on the CPU."""
         return export_tensors(self.adapter_tensors(), file_format, None)
-
-    def save_weights(
-        self, file: str | Path, dtype: torch.dtype | None, metadata: dict[str, str] | None, file_format: str = "comfy"
-    ) -> None:
-        """Writes an adapter file as this project does, not as the network itself would."""
-        save_adapter_file(Path(file), self.adapter_tensors(), file_format, dtype, metadata)
 
     def load_weights(self, file: str | Path, allow_partial: bool = False) -> None:
         """Takes over an adapter file of any readable format.

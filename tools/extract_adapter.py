@@ -32,7 +32,7 @@ from library.anima_runtime.model_files import read_header
 from library.anima_runtime.quantised import StoredTensor, apply_scale, fold_scales
 from library.console import progress_bar, show, show_error
 from library.errors import ModelFileError, SettingError, UserError, first_ten
-from library.training.model_hashes import BLANK_HASHES
+from library.model_hashes import BLANK_HASHES
 from networks.adapter_types import Adapters, describe_adapters
 from networks.approximation import Approximation, nearest_lokr, nearest_lora
 from tools.adapter_output import AdapterWriter, add_output_arguments, check_output

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from library.console import progress_bar, show, show_error
 from library.errors import ModelFileError, SettingError, UserError
 from library.files import write_atomically
-from library.training.model_hashes import BLANK_HASHES, fill_hashes
+from library.model_hashes import BLANK_HASHES, fill_hashes
 from networks.adapter_files import read_adapter_file, read_metadata
 from networks.adapter_types import Adapters, describe_adapters, infer_types
 from networks.checkpoint_merge import plan_merge

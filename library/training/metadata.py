@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from library.training.model_hashes import BLANK_HASHES
+from library.model_hashes import BLANK_HASHES
 
 # Each holds the setting of its own name.
 _FROM_SETTINGS = (

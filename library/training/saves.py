@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from library.training.adapter_writing import write_adapter
+from library.adapter_writing import write_adapter
 from library.training.ema import AdapterEma
 from library.training.host_copy import HostCopy, bytes_of
 from library.training.machine import free_bytes

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from library.errors import SettingError
-from library.training.model_hashes import legacy_hash
+from library.model_hashes import legacy_hash
 
 logger = logging.getLogger(__name__)
 

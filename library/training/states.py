@@ -105,11 +105,6 @@ def write_state(folder: Path, state: StateCopy) -> None:
         write_checked(temporary, files)
 
 
-def save_state(folder: Path, parts: Resumable, state: RunState, snapshot: Mapping[str, Any] | None = None) -> None:
-    """Copies the state and writes its folder at once."""
-    write_state(folder, copy_state(parts, lambda: state, snapshot))
-
-
 def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool = True) -> RunState:
     """Puts weights, optimizer and schedule back and returns the run state.
 

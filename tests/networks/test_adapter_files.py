@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from library.adapter_writing import write_adapter
 from library.errors import ModelFileError
 from networks.adapter_files import (
     export_tensors,
     fit_adapter_tensors,
     load_adapter_file,
     read_adapter_file,
-    save_adapter_file,
 )
 from networks.key_formats import write_keys
 
@@ -54,7 +54,7 @@ def assert_equal(got, wanted):
 @pytest.mark.parametrize("file_format", ["comfy", "kohya"])
 def test_a_saved_file_loads_as_it_was_and_says_what_it_is(tmp_path, caplog, file_format):
     start, file = adapters(), tmp_path / "adapter.safetensors"
-    save_adapter_file(file, start, file_format, None, {"ss_anima_depth": "2", "note": "kept"})
+    write_adapter(file, export_tensors(start, file_format, None), {"ss_anima_depth": "2", "note": "kept"})
     with caplog.at_level(logging.INFO, "networks"):
         loaded, metadata = load_adapter_file(file, SHAPES)
     assert_equal(loaded, start)
@@ -196,7 +196,7 @@ def test_alpha_stays_float32_in_every_precision(tmp_path, dtype):
     start = adapters()
     start[PATHS[0]]["alpha"] = torch.tensor(70_000.0)
     file = tmp_path / "adapter.safetensors"
-    save_adapter_file(file, start, "comfy", dtype, None)
+    write_adapter(file, export_tensors(start, "comfy", dtype), None)
     for key, tensor in load_file(file).items():
         assert tensor.dtype == (torch.float32 if key.endswith(".alpha") else dtype)
     assert load_adapter_file(file, SHAPES)[0][PATHS[0]]["alpha"].item() == 70_000.0
@@ -206,14 +206,14 @@ def test_values_too_large_for_fp16_are_refused_by_name_and_nothing_is_written(tm
     start, file = adapters(), tmp_path / "adapter.safetensors"
     start[PATHS[1]]["lokr_w2"][0, 0] = 1e5
     with pytest.raises(ModelFileError, match=rf"diffusion_model.{PATHS[1]}.lokr_w2 has values up to 1e\+05"):
-        save_adapter_file(file, start, "comfy", torch.float16, None)
+        write_adapter(file, export_tensors(start, "comfy", torch.float16), None)
     assert list(tmp_path.iterdir()) == []
     assert export_tensors(start, "comfy", torch.bfloat16)
 
 
 def test_metadata_is_written_and_may_be_left_out(tmp_path):
     for metadata in ({"a": "1"}, {}, None):
-        save_adapter_file(tmp_path / "adapter.safetensors", adapters(), "comfy", None, metadata)
+        write_adapter(tmp_path / "adapter.safetensors", export_tensors(adapters(), "comfy", None), metadata)
         with safe_open(tmp_path / "adapter.safetensors", framework="pt") as file:
             assert (file.metadata() or {}) == (metadata or {})
 
@@ -252,7 +252,7 @@ def for_lycoris():
 
 def test_lycoris_loads_a_kohya_file_at_its_strength(tmp_path):
     start, file, model = for_lycoris(), tmp_path / "adapter.safetensors", TinyModel()
-    save_adapter_file(file, start, "kohya", None, None)
+    write_adapter(file, export_tensors(start, "kohya", None), None)
     network, _ = create_network_from_weights(1.0, str(file), None, None, model)
     by_name = {module.lora_name: module for module in network.unet_loras}
     factors = {path: {suffix: tensor.double() for suffix, tensor in own.items()} for path, own in start.items()}

@@ -6,6 +6,7 @@ from lycoris.kohya import create_network_from_weights as lycoris_from_weights
 from safetensors.torch import load_file
 from torch import nn
 
+from library.adapter_writing import write_adapter
 from library.errors import ModelFileError, SettingError
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.comfyui_reader import check_comfyui_reads
@@ -57,7 +58,7 @@ def test_what_lycoris_computes_is_what_the_file_holds(model, tmp_path, algorithm
     network = build(model, network_args=ALGORITHMS[algorithm])
     prove_loadable(network, (file_format,), model, None)
     file = tmp_path / "a.safetensors"
-    network.save_weights(file, None, None, file_format)
+    write_adapter(file, network.export(file_format), None)
     assert check_comfyui_reads(load_file(file), weight_shapes(model, None)) == []
     again, _ = create_network_from_weights(1.0, file, None, None, make_model())
     assert (
@@ -155,7 +156,7 @@ def test_a_state_brings_everything_back(model, make_model):
 def test_training_starts_from_a_file_of_any_spelling(model, tmp_path, file_format, make_model):
     file = tmp_path / "start.safetensors"
     source = build(model, network_args=ALGORITHMS["lokr"])
-    source.save_weights(file, None, None, file_format)
+    write_adapter(file, source.export(file_format), None)
     other_model = make_model()
     other = build(other_model, network_args=ALGORITHMS["lokr"])
     other.load_weights(file)
@@ -207,7 +208,7 @@ def test_files_written_here_load_in_lycoris(model, tmp_path, module, arguments):
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=0.3)
-    network.save_weights(tmp_path / "a.safetensors", None, None, "kohya")
+    write_adapter(tmp_path / "a.safetensors", network.export("kohya"), None)
     theirs, tensors = lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), None, None, model)
     theirs.apply_to(None, model, False, True)
     theirs.load_state_dict(tensors)  # strict: every tensor of the file has its place

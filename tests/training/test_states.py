@@ -12,7 +12,7 @@ from torch import nn
 from library.errors import ModelFileError, SettingError
 from library.training import states
 from library.training.run import RunState
-from library.training.states import Resumable, load_state, save_state
+from library.training.states import Resumable, copy_state, load_state, write_state
 
 
 def make_parts(width=3) -> Resumable:
@@ -31,6 +31,11 @@ def train(parts: Resumable, steps: int) -> None:
         parts.scaler.update(4.0)
         parts.optimizer.zero_grad()
         parts.schedule.step()
+
+
+def save_state(folder, parts: Resumable, state: RunState) -> None:
+    """As a run does, but at once."""
+    write_state(folder, copy_state(parts, lambda: state))
 
 
 def test_a_resumed_run_goes_on_exactly(tmp_path):

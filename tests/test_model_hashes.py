@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from library.training.model_hashes import BLANK_HASHES, fill_hashes, start_hashing
+from library.model_hashes import BLANK_HASHES, fill_hashes, start_hashing
 
 
 def metadata_of(path):

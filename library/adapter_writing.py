@@ -12,8 +12,8 @@ from torch import Tensor
 
 from library.errors import first_ten
 from library.files import write_atomically
+from library.model_hashes import fill_hashes
 from library.tensor_files import spec_of, write_tensors
-from library.training.model_hashes import fill_hashes
 
 
 def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> None:

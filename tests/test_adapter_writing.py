@@ -7,9 +7,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from library.training import adapter_writing
-from library.training.adapter_writing import write_adapter
-from library.training.model_hashes import BLANK_HASHES, fill_hashes
+from library import adapter_writing
+from library.adapter_writing import write_adapter
+from library.model_hashes import BLANK_HASHES, fill_hashes
 
 
 def test_values_come_back_bit_for_bit_with_the_hash_of_their_bytes(tmp_path):
