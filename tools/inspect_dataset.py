@@ -1,10 +1,11 @@
-"""Shows what a run would train, with its own settings, and what would be lost. Trains nothing, edits no file.
+"""Shows what a run would train, with its own settings, and what would be lost. Trains nothing.
 
     python tools/inspect_dataset.py --config_file my.toml [--dataset_config data.toml] [other settings]
     python tools/inspect_dataset.py --train_data_dir train --resolution 1024 --enable_bucket --contact_sheet sheet.png
 
-Every picture is read whole. With t5_tokenizer_dir, captions are counted in tokens. The exit code is 1 where files
-would not be trained, or trained without a caption, or after an error.
+Every picture is read whole, and neither pictures nor captions are changed; with cache_latents_to_disk, what was found
+out about pictures is kept in the cache folder (pictures.json), as a run keeps it. With t5_tokenizer_dir, captions are
+counted in tokens. The exit code is 1 where files would not be trained, or trained without a caption, or after an error.
 """
 
 from __future__ import annotations

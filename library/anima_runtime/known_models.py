@@ -13,15 +13,18 @@ from library.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-# To be raised when an identity is made of something else.
-_VERSION = 1
+# To be raised when an identity is made of something else, or told from other stamps.
+_VERSION = 2
 # A file system may stamp two changes of one moment alike, so times as young as this prove nothing yet.
 _TOO_YOUNG_NS = 2 * 10**9
 
 
 @dataclass(frozen=True)
 class FileStamps:
-    """Files as they are: each one's path, size and the times of its last changes, of its content and at all, in ns."""
+    """Files as they are: each one's name, size and the times of its last changes, of its content and at all, in ns.
+
+    Without their folders: what is remembered lies beside pictures, which may be handed on.
+    """
 
     entries: list[list[str | int]]
 
@@ -31,7 +34,7 @@ class FileStamps:
         entries = []
         for path in sorted({file.resolve() for file in files}):
             status = path.stat()
-            entries.append([str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+            entries.append([path.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
         return FileStamps(entries)
 
     def are_settled(self) -> bool:

@@ -35,6 +35,7 @@ def test_an_identity_is_known_of_unchanged_files_alone(files, tmp_path):
     assert KnownModels(file).identity("Qwen3", FileStamps.of(files)) == "2e"
     assert KnownModels(file).identity("VAE, float16", FileStamps.of(files)) is None
     assert KnownModels(file).identity("VAE", FileStamps.of(files[:1])) is None
+    assert str(tmp_path) not in file.read_text()
 
 
 def test_a_file_that_was_replaced_by_one_of_its_size_and_time_is_another(files, tmp_path):
@@ -60,7 +61,7 @@ def test_nothing_is_remembered_nowhere_and_by_other_processes(files, tmp_path):
     assert not (tmp_path / "models.json").exists()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "models": {"VAE": 3}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 2}', '{"version": 2, "models": {"VAE": 3}}'])
 def test_a_broken_memory_is_none(files, tmp_path, content):
     file = tmp_path / "models.json"
     file.write_text(content)
