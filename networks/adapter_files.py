@@ -6,7 +6,8 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from library.anima_runtime.file_kinds import describe_tensors
 from library.anima_runtime.model_files import read_header
+from library.anima_runtime.quantised import StoredTensor
 from library.errors import ModelFileError, first_ten
 from library.tensor_files import DTYPES
-from networks.adapter_types import Adapters, Shape, describe_adapters, normalised, weight_shape
+from networks.adapter_types import Adapters, Shape, describe_adapters, weight_shape
 from networks.key_formats import FileKey, ParsedAdapter, find_keys, parse_keys, write_keys
 from networks.module_names import depth_of_keys, has_bias, module_names_covering
 from networks.peft_alphas import HEADER_KEY
@@ -28,57 +30,86 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """An adapter file that is read module by module.
+    """An adapter file, of which the header has been read, and modules are when they are asked for.
 
-    parsed: the adapter with its alphas, but with tensors on the meta device, which hold shapes and number formats only.
-    metadata: of the file. keys: {module path: {suffix: the tensor's name in the file}}.
+    keys: what belongs to which module, by the tensors' names in the file.
     """
 
     path: Path
-    parsed: ParsedAdapter
-    metadata: dict[str, str]
-    keys: Mapping[str, Mapping[str, str]]
+    header: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+    peft_config: Mapping[str, Any] | None
+    keys: Mapping[str, FileKey]
+
+    @cached_property
+    def modules(self) -> dict[str, dict[str, str]]:
+        """{module path: {suffix: the tensor's name in the file}}"""
+        modules: dict[str, dict[str, str]] = {}
+        for key, file_key in self.keys.items():
+            modules.setdefault(file_key.path, {})[file_key.suffix] = key
+        return modules
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of tensors that belong to no module."""
+        return [key for key in self.header if key not in self.keys]
+
+    @property
+    def format(self) -> str:
+        """Whose spelling the file has."""
+        return " and ".join(sorted({key.format for key in self.keys.values()}))
+
+    @property
+    def own_metadata(self) -> dict[str, str]:
+        """For a file that is made of this one: without PEFT's settings, which are in the alphas by then."""
+        return _without_peft_settings(self.metadata)
+
+    def read(self, module: str) -> dict[str, Tensor]:
+        """One module's tensors by their names in the file. Its pages stay in memory while it is open: once for each."""
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in self.modules[module].values()}
+
+    def parse(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `read` gave by suffix, alpha with it. Raises ModelFileError where that is no whole adapter."""
+        return parse_keys(tensors, self.metadata, [module], self.peft_config).adapters[module]
 
     def module(self, module: str) -> dict[str, Tensor]:
-        """One module's tensors by suffix. The file is opened for it, as its pages stay in memory while it is open."""
-        with safe_open(self.path, framework="pt") as file:
-            tensors = {suffix: file.get_tensor(key) for suffix, key in self.keys[module].items()}
-        planned = self.parsed.adapters[module]
-        return normalised(module, {**tensors, **{key: planned[key] for key in ("alpha",) if key in planned}})
+        """One module's tensors by suffix; see `parse`."""
+        return self.parse(module, self.read(module))
 
 
-def open_adapter_file(path: Path) -> AdapterFile:
-    """An adapter without its model, of which only the header and the alphas are read; see `read_adapter_file`."""
-    header = read_header(path)
-    unknown = [f"{key} ({stored.dtype})" for key, stored in header.items() if stored.dtype not in DTYPES]
-    if unknown:
-        raise ModelFileError(f"{path} holds number formats that are not known here: {first_ten(unknown)}")
-    outline = {
-        key: torch.empty(stored.shape, dtype=DTYPES[stored.dtype], device="meta") for key, stored in header.items()
-    }
-    metadata, names = read_metadata(path), module_names_covering(header)
-    with safe_open(path, framework="pt") as file, _errors_naming(str(path)):
-        outline |= {key: file.get_tensor(key) for key in header if key.endswith(".alpha")}
-        parsed = parse_keys(outline, metadata, names, read_peft_config(path))
-        found = find_keys(outline, names)
-    if parsed.unused or not parsed.adapters:
-        raise ModelFileError(
-            f"{path} looks like {describe_tensors(header)}. {_unused_text(len(header), parsed.unused)}"
-        )
-    keys: dict[str, dict[str, str]] = {}
-    for key, file_key in found.items():
-        keys.setdefault(file_key.path, {})[file_key.suffix] = key
-    return AdapterFile(path, parsed, _without_peft_settings(metadata), keys)
+def open_adapter_file(path: Path, strict: bool = True) -> AdapterFile:
+    """An adapter without its model: modules are known by Anima's names alone.
 
-
-def read_adapter_file(path: Path) -> tuple[ParsedAdapter, dict[str, str]]:
-    """An adapter without its model, and the file's metadata: modules are known by Anima's names alone.
-
-    Raises ModelFileError where the file holds keys that are no module of any Anima.
+    Raises ModelFileError for a file that is no adapter, or of a type that nobody here reads. strict: also for keys that
+    belong to no module of any Anima, and for modules that are not whole; alphas are read for that.
     """
+    header = read_header(path)
+    with _errors_naming(str(path)):
+        keys = find_keys(header, module_names_covering(header))
+    file = AdapterFile(path, header, read_metadata(path), read_peft_config(path), keys)
+    if not keys or (strict and file.unused):
+        raise ModelFileError(f"{path} looks like {describe_tensors(header)}. {_unused_text(len(header), file.unused)}")
+    if strict:
+        _check_whole(file)
+    return file
+
+
+def _check_whole(file: AdapterFile) -> None:
+    unknown = [f"{key} ({stored.dtype})" for key, stored in file.header.items() if stored.dtype not in DTYPES]
+    if unknown:
+        raise ModelFileError(f"{file.path} holds number formats that are not known here: {first_ten(unknown)}")
+    outline = {key: torch.empty(stored.shape, device="meta") for key, stored in file.header.items()}
+    with safe_open(file.path, framework="pt") as opened:
+        outline |= {key: opened.get_tensor(key) for key in outline if key.endswith(".alpha")}
+    with _errors_naming(str(file.path)):
+        parse_keys(outline, file.metadata, file.modules, file.peft_config)
+
+
+def read_adapter_file(path: Path) -> tuple[Adapters, dict[str, str]]:
+    """A whole adapter without its model, and the file's metadata; see `open_adapter_file` for the errors."""
     opened = open_adapter_file(path)
-    adapters = {module: opened.module(module) for module in opened.parsed.adapters}
-    return replace(opened.parsed, adapters=adapters), opened.metadata
+    return {module: opened.module(module) for module in opened.modules}, opened.own_metadata
 
 
 def load_adapter_file(

@@ -7,17 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from library.anima_runtime.file_kinds import describe_tensors
-from library.anima_runtime.model_files import read_header
-from library.anima_runtime.quantised import StoredTensor
 from library.errors import ModelFileError
-from networks.adapter_files import read_metadata, read_peft_config
+from networks.adapter_files import AdapterFile, open_adapter_file
 from networks.adapter_types import (
     NORM_VALUE,
     AdapterType,
@@ -28,42 +23,12 @@ from networks.adapter_types import (
 )
 from networks.comfyui_reader import check_comfyui_reads
 from networks.deltas import adapter_of, bias_delta_of
-from networks.key_formats import FileKey, find_keys, parse_keys
 from networks.merging import changes_weight
-from networks.module_names import module_names_covering
 from networks.network import part_of
 
 PARTS = ("transformer", "llm_adapter", "text_encoder")
 # The number of a module's block, and the module's name within it.
 BLOCK = re.compile(r"(?:llm_adapter\.|text_encoder\.)?(?:blocks|layers)\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An adapter file whose tensors are read when they are asked for. keys: what belongs to which module."""
-
-    path: Path
-    header: Mapping[str, StoredTensor]
-    metadata: Mapping[str, str]
-    peft_config: Mapping[str, Any] | None
-    keys: Mapping[str, FileKey]
-
-    @property
-    def modules(self) -> dict[str, list[str]]:
-        """The file's keys by module path."""
-        modules: dict[str, list[str]] = {}
-        for key, file_key in self.keys.items():
-            modules.setdefault(file_key.path, []).append(key)
-        return modules
-
-    def read(self, keys: list[str]) -> dict[str, Tensor]:
-        """Tensors by the file's keys."""
-        with safe_open(self.path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in keys}
-
-    def parse(self, module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One module's tensors by suffix, alpha with them. Raises ModelFileError where they are no whole adapter."""
-        return parse_keys(tensors, self.metadata, [module], self.peft_config).adapters[module]
 
 
 @dataclass(frozen=True)
@@ -96,26 +61,14 @@ class AdapterReport:
     metadata: Mapping[str, str]
 
 
-def open_adapter(path: Path) -> AdapterFile:
-    """Reads the header. Raises ModelFileError for a file that is no adapter, or of a type that nobody here reads."""
-    header = read_header(path)
-    try:
-        keys = find_keys(header, module_names_covering(header))
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error
-    if not keys:
-        raise ModelFileError(f"{path} is no adapter for Anima: it looks like {describe_tensors(header)}")
-    return AdapterFile(path, header, read_metadata(path), read_peft_config(path), keys)
-
-
 def inspect_adapter(file: AdapterFile) -> AdapterReport:
     """Reads every tensor once, one module at a time."""
-    problems = [f"{key}: belongs to no module of Anima" for key in file.header if key not in file.keys]
+    problems = [f"{key}: belongs to no module of Anima" for key in file.unused]
     modules: dict[str, ModuleReport] = {}
     outlines: dict[str, dict[str, Tensor]] = {}
-    for_comfyui = {key: torch.empty(0) for key in file.header if key not in file.keys}
-    for path, keys in file.modules.items():
-        tensors = file.read(keys)
+    for_comfyui = {key: torch.empty(0) for key in file.unused}
+    for path in file.modules:
+        tensors = file.read(path)
         for_comfyui |= {key: _outline(key, tensor) for key, tensor in tensors.items()}
         problems += [
             f"{key}: NaN or infinity" for key, tensor in tensors.items() if not tensor.float().isfinite().all()
@@ -134,7 +87,7 @@ def inspect_adapter(file: AdapterFile) -> AdapterReport:
     return AdapterReport(
         file=str(file.path),
         size=file.path.stat().st_size,
-        format=" and ".join(sorted({key.format for key in file.keys.values()})),
+        format=file.format,
         dtypes=tuple(sorted({tensor.dtype for key, tensor in file.header.items() if not key.endswith("alpha")})),
         description=describe_adapters(outlines),
         types=infer_types(outlines),
@@ -159,7 +112,7 @@ def norms_by_block(norms: Mapping[str, float]) -> dict[str, float]:
 
 def health_of(path: Path) -> tuple[str, Sequence[str], dict[str, float]]:
     """Of an adapter file: what it holds in words, what is wrong with it, and how much it changes each block."""
-    found = inspect_adapter(open_adapter(path))
+    found = inspect_adapter(open_adapter_file(path, strict=False))
     norms = norms_by_block({name: module.norm or 0.0 for name, module in found.modules.items()})
     return found.description, found.problems, norms
 

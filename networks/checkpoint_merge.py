@@ -88,7 +88,7 @@ def plan_merge(checkpoint: Path, adapter_files: Sequence[tuple[Path, float]]) ->
 
 
 def _text_encoder_shapes(file: Path) -> dict[str, Shape]:
-    adapters = read_adapter_file(file)[0].adapters
+    adapters = read_adapter_file(file)[0]
     return {
         path: weight_shape(path, tensor_shapes(tensors)) or ()
         for path, tensors in adapters.items()

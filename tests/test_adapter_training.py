@@ -43,7 +43,7 @@ def planned(tiny_anima):
 
 def deltas(file: Path) -> dict[str, torch.Tensor]:
     """What a file without DoRA adds to each weight."""
-    return {path: delta_of(own) for path, own in read_adapter_file(file)[0].adapters.items()}
+    return {path: delta_of(own) for path, own in read_adapter_file(file)[0].items()}
 
 
 @pytest.mark.parametrize(

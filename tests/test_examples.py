@@ -51,7 +51,7 @@ def test_config_trains(name, tiny_anima, tmp_path, losses):
     has_state = (adapter.parent / f"{saving.output_name}-state" / "run_state.json").is_file()
     assert has_state == (saving.save_state or saving.save_state_on_train_end)
     if "lokr" in name:
-        types = infer_types(read_adapter_file(adapter)[0].adapters).values()
+        types = infer_types(read_adapter_file(adapter)[0]).values()
         assert {(found.kind, found.factor, found.full_matrix) for found in types} == {
             ("lokr", 8, True), ("norm", None, False),
         }  # fmt: skip

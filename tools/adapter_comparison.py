@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from library.errors import ModelFileError
-from networks.adapter_report import AdapterFile
+from networks.adapter_files import AdapterFile
 from networks.adapter_types import NORM_VALUE
 from networks.deltas import bias_delta_of, delta_of
 from networks.merging import changes_weight
@@ -77,7 +77,7 @@ def compare_adapters(first: AdapterFile, second: AdapterFile) -> Comparison:
 def _delta(file: AdapterFile, path: str) -> Tensor | None:
     """All that the module's adapter adds, as one vector: ΔW, then the bias's change. None: see incomparable."""
     try:
-        own = file.parse(path, file.read(file.modules[path]))
+        own = file.module(path)
     except ModelFileError:
         return None
     if "dora_scale" in own or NORM_VALUE in own:

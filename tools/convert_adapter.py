@@ -51,18 +51,18 @@ def convert(arguments: argparse.Namespace) -> None:
     """Reads, renames and writes, module by module. Raises UserError before anything is written."""
     check_output(arguments)
     source = open_adapter_file(arguments.input)
-    has_norm_values = any(NORM_VALUE in own for own in source.parsed.adapters.values())
+    has_norm_values = any(NORM_VALUE in suffixes for suffixes in source.modules.values())
     if has_norm_values and arguments.base_model is None:
         raise SettingError(
             f"{arguments.input} holds absolute norm values; give the transformer they belong to with --base_model"
         )
     base_weight = _weight_reader(arguments.base_model) if has_norm_values else None
     with AdapterWriter(arguments) as writer:
-        for module in source.parsed.adapters:
+        for module in source.modules:
             for path, own in resolve_norm_values({module: source.module(module)}, base_weight).items():
                 writer.add(path, own)
-        writer.write(source.metadata)
-    show(f"{arguments.output}: {describe_adapters(writer.outline)}; {source.parsed.format} -> {arguments.format}")
+        writer.write(source.own_metadata)
+    show(f"{arguments.output}: {describe_adapters(writer.outline)}; {source.format} -> {arguments.format}")
 
 
 def _weight_reader(path: Path) -> Callable[[str], Tensor]:

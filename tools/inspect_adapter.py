@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from library.console import show, show_error
 from library.errors import UserError, first_ten
+from networks.adapter_files import open_adapter_file
 from networks.adapter_report import (
     BLOCK,
     PARTS,
@@ -30,7 +31,6 @@ from networks.adapter_report import (
     ModuleReport,
     inspect_adapter,
     norms_by_block,
-    open_adapter,
 )
 from networks.network import part_of
 from tools.adapter_comparison import SAME, Comparison, compare_adapters
@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 for sound files, 1 for problems or after an error was shown."""
     arguments = _parse(argv)
     try:
-        files = [open_adapter(path) for path in (arguments.file, arguments.other) if path is not None]
+        files = [
+            open_adapter_file(path, strict=False) for path in (arguments.file, arguments.other) if path is not None
+        ]
         reports = [inspect_adapter(file) for file in files]
         comparison = compare_adapters(*files) if len(files) == 2 else None
     except UserError as error:

@@ -79,7 +79,7 @@ def merge_into_one(arguments: argparse.Namespace, weights: Sequence[float]) -> N
     depths = {metadata["ss_anima_depth"] for metadata in metadatas if "ss_anima_depth" in metadata}
     if len(depths) > 1:
         raise ModelFileError(f"--adapters: they are for models of different depths: {', '.join(sorted(depths))} blocks")
-    sources = [(parsed.adapters, weight) for (parsed, _), weight in zip(read, weights, strict=True)]
+    sources = [(adapters, weight) for (adapters, _), weight in zip(read, weights, strict=True)]
     modules = {path for adapters, _ in sources for path in adapters}
     with progress_bar(len(modules), "merging modules") as bar:
         merged = merge_adapters(sources, rank, bar.update)

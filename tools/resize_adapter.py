@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,12 +56,12 @@ def resize_file(arguments: argparse.Namespace) -> None:
     limits, as_lora = limits_of(arguments), arguments.type == "lora"
     check_output(arguments)
     source = open_adapter_file(arguments.input)
-    for path, own in source.parsed.adapters.items():
-        _check_resizable(path, own, as_lora)
+    for path, suffixes in source.modules.items():
+        _check_resizable(path, suffixes, as_lora)
     with AdapterWriter(arguments) as writer:
         approximations = _resize(source, limits, as_lora, arguments.precision is None, writer)
         _check_rank(limits, approximations)
-        writer.write(_new_metadata(source.metadata, writer.outline, arguments))
+        writer.write(_new_metadata(source.own_metadata, writer.outline, arguments))
     show_approximations(approximations)
     carried_over = len(writer.outline) - len(approximations)
     show(f"{arguments.output}: {describe_adapters(writer.outline)}; {carried_over} modules carried over as they are")
@@ -76,8 +76,8 @@ def _resize(
     finite.
     """
     approximations = {}
-    with progress_bar(len(source.parsed.adapters), "resizing modules") as bar:
-        for path in source.parsed.adapters:
+    with progress_bar(len(source.modules), "resizing modules") as bar:
+        for path in source.modules:
             own = source.module(path)
             if not all(tensor.isfinite().all() for tensor in own.values()):
                 raise ModelFileError(
@@ -116,13 +116,13 @@ def _replaced(own: dict[str, Tensor], found: Approximation | None) -> dict[str, 
     return {suffix: tensor for suffix, tensor in own.items() if suffix == "dora_scale"} | found.tensors
 
 
-def _check_resizable(path: str, own: Mapping[str, Tensor], as_lora: bool) -> None:
-    if NORM_VALUE in own:
+def _check_resizable(path: str, suffixes: Collection[str], as_lora: bool) -> None:
+    if NORM_VALUE in suffixes:
         raise ModelFileError(
             f"{path} holds an absolute norm value; first turn the file's into differences: tools/convert_adapter.py "
             "with --base_model"
         )
-    if adapter_kind(path, own) == "loha" and not as_lora:
+    if adapter_kind(path, suffixes) == "loha" and not as_lora:
         raise SettingError(f"{path} is LoHa, which has no best LoHa of a lower rank; make it LoRA with --type lora")
 
 

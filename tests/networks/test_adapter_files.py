@@ -62,7 +62,7 @@ def test_a_saved_file_loads_as_it_was_and_says_what_it_is(tmp_path, caplog, file
     spelled_by = {"comfy": "ComfyUI", "kohya": "Kohya"}[file_format]
     expected = f"2 lora (rank 2; rank 4), 1 lokr (full matrix, factor 2), 1 norm, names as {spelled_by}"
     assert [record.message for record in caplog.records] == [f"{file}: {expected}"]
-    assert_equal(read_adapter_file(file)[0].adapters, start)
+    assert_equal(read_adapter_file(file)[0], start)
 
 
 def file_of(tmp_path, tensors, metadata=None):
