@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.attention_backends import choose_attention
-from library.anima_runtime.block_ops import kernel_obstacle
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
 from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack_contexts
 from library.anima_runtime.devices import to_device
@@ -23,6 +22,7 @@ from library.anima_runtime.known_models import KnownModels
 from library.anima_runtime.losses import elementwise_losses, timestep_weights
 from library.anima_runtime.low_memory import BlockSwap, check_swap, place_transformer
 from library.anima_runtime.noise import draw_noise, perturb_noise
+from library.anima_runtime.ops.block_ops import kernel_obstacle
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.recorded import RecordedForward
@@ -67,8 +67,8 @@ from library.training.processes import is_first_to_tell, make_accelerator
 from library.training.samples import SamplePicture
 from library.training.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules, or_uncompiled
-from networks.fused_blocks import fuse_blocks, fuse_obstacle
-from networks.fused_checkpoint import parked_bytes
+from networks.fused.blocks import fuse_blocks, fuse_obstacle
+from networks.fused.checkpoint import parked_bytes
 from networks.setup import may_change_text_encoder
 from train_network import NetworkTrainer
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from library.anima_runtime.attention import attend
 from library.anima_runtime.attention_backends import choose_attention
-from library.anima_runtime.attention_passes import attend_backward, attend_forward
 from library.anima_runtime.checkpoint import load_transformer
 from library.anima_runtime.config import AnimaConfig
+from library.anima_runtime.ops.attention_passes import attend_backward, attend_forward
 from library.anima_runtime.qwen3 import load_qwen3
 from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.text_encoding import TextEncoder
