@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
-from library.anima_runtime.contexts import CaptionContext, ContextEncoder, stack_contexts
+from library.anima_runtime.contexts import CaptionContext, ContextEncoder
 from library.anima_runtime.devices import to_device
 from library.anima_runtime.encoders import LazyTextEncoder, LazyVAE
 from library.anima_runtime.flow import add_noise, velocity_target
@@ -26,9 +26,17 @@ from library.anima_runtime.ops.block_ops import kernel_obstacle
 from library.anima_runtime.parking import Parking
 from library.anima_runtime.prompts import read_prompts
 from library.anima_runtime.recorded import RecordedForward
+from library.anima_runtime.step_inputs import (
+    CONTEXT_STEP,
+    ContextInputs,
+    Samples,
+    TrainingInputs,
+    by_context_length,
+    context_step,
+)
 from library.anima_runtime.step_memory import AlsoThere, needed_memory
 from library.anima_runtime.text_cache import TextCache
-from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions, pad_captions
+from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions
 from library.anima_runtime.timestep_plot import save_timestep_histogram
 from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift, timestep_at
 from library.anima_runtime.tokenizer_plans import (
@@ -76,46 +84,12 @@ logger = logging.getLogger("anima_train_network")
 
 T = TypeVar("T")
 
-# Where zero rows of a context can be left out, batches have a multiple of at least so many others: each row takes time.
-_CONTEXT_STEP = 128
-
-
-class TrainingInputs(NamedTuple):
-    """Samples whose contexts are of one length, on the device; the last four are `PaddedCaptions`.
-
-    rows_B: their places in the batch. weights_B: what each sample's loss is multiplied by. mask_B1HW: what that of each
-    place is; ones [B, 1, 1, 1] without masks.
-    """
-
-    rows_B: Tensor
-    noisy_BCTHW: Tensor
-    timesteps_B: Tensor
-    target_BCTHW: Tensor
-    weights_B: Tensor
-    mask_B1HW: Tensor
-    qwen_states_BSD: Tensor
-    qwen_mask_BS: Tensor
-    t5_ids_BL: Tensor
-    t5_mask_BL: Tensor
-
-
-class ContextInputs(NamedTuple):
-    """`TrainingInputs` where nothing that makes the context has adapters, so that it is there already."""
-
-    rows_B: Tensor
-    noisy_BCTHW: Tensor
-    timesteps_B: Tensor
-    target_BCTHW: Tensor
-    weights_B: Tensor
-    mask_B1HW: Tensor
-    context_BLD: Tensor
-
 
 class AnimaNetworkTrainer(NetworkTrainer):
     """What is Anima's own in a training run."""
 
     fuses = checkpoints = selects = parks = False
-    context_step = _CONTEXT_STEP
+    context_step = CONTEXT_STEP
 
     def plan_models(self, problems: Problems) -> tuple[nn.Module, nn.Module] | None:
         def check(function: Callable[..., T], path: Path | None, *others: object) -> T | None:
@@ -259,11 +233,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return timestep_at(share, self.settings.timesteps, picture.bucket, picture.subset.timestep_offset)
 
     def inputs(self, batch: Batch, drawn: Tensor, seed: int) -> list[TrainingInputs] | list[ContextInputs]:
-        """What the batch is at timesteps [B], with noise that follows from its keys and the seed.
-
-        A context is as long as its caption alone would make it, so captions that need more than the least length go
-        through the model apart from the others: zero rows are part of the model's input, more of them change a result.
-        """
+        """What the batch is at timesteps [B], with noise that follows from its keys and the seed."""
         if batch.latents_BCTHW is None:
             latents = self.encode_pixels(batch.pixels_BCHW)
         else:
@@ -275,25 +245,11 @@ class AnimaNetworkTrainer(NetworkTrainer):
         noise = draw_noise(keys, seed, settings.noise, latents)
         noisy = add_noise(latents, perturb_noise(noise, keys, seed, settings.noise), timesteps)
         target = velocity_target(latents, noise)
-        encoded = self.encoded_captions(batch.captions)
-        rows_of: dict[int, list[int]] = {}
-        for row, caption in enumerate(encoded):
-            rows_of.setdefault(max(self.settings.model.anima_seq_len, caption.context_length), []).append(row)
-        prepared = []
-        for length, rows in rows_of.items():
-            own = [encoded[row] for row in rows]
-            # Zero rows need not be there; a trial has them all the same, as other captions of its bucket may be longer.
-            if self.fuses and not self.settings.run.preflight:
-                longest = max(caption.padded_length for caption in own)
-                length = min(length, -(-longest // self.context_step) * self.context_step)
-            chosen = slice(None) if len(rows_of) == 1 else rows
-            places = to_device(torch.tensor(rows), self.device)
-            samples = (places, noisy[chosen], timesteps[chosen], target[chosen], weights[chosen], mask[chosen])
-            if self.has_frozen_context():
-                prepared.append(ContextInputs(*samples, to_device(stack_contexts(own, length), self.device)))
-            else:
-                prepared.append(TrainingInputs(*samples, *pad_captions(own, self.device, length)))
-        return prepared
+        samples = Samples(noisy, timesteps, target, weights, mask)
+        # A trial has all zero rows, as other captions of its bucket may be longer.
+        row_step = self.context_step if self.fuses and not settings.run.preflight else None
+        captions = self.encoded_captions(batch.captions)
+        return by_context_length(samples, captions, settings.model.anima_seq_len, row_step)
 
     def has_frozen_context(self) -> bool:
         """Whether nothing that makes the text context has adapters; a file's change it at rate 0 as well."""
@@ -366,7 +322,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return pixels // (8 * self.config.patch_size) ** 2
 
     def fuse_blocks(self, buckets: int) -> None:
-        self.context_step = context_step(buckets, self.settings.model.anima_seq_len)
+        self.context_step = context_step(buckets, self.settings.model.anima_seq_len, MOST_GRAPHS)
         swapped = self.settings.memory.blocks_to_swap
         swap = WeightSwap(swapped, self.device) if swapped else None
         parking = Parking(self.device) if self.parks else None
@@ -465,18 +421,6 @@ class AnimaNetworkTrainer(NetworkTrainer):
             # The specification lists epsilon and v, which are of another kind: this model predicts ε - x_0.
             "modelspec.prediction_type": "rectified_flow",
         }
-
-
-def context_step(buckets: int, longest: int) -> int:
-    """What numbers of context rows are rounded up to a multiple of, for contexts of up to `longest` rows.
-
-    For each number that occurs a bucket's steps are recorded once more, for full batches and for its last one. With
-    many buckets there are fewer numbers, so that all can be recorded.
-    """
-    step = _CONTEXT_STEP
-    while step < longest and 2 * buckets * -(-longest // step) > MOST_GRAPHS:
-        step *= 2
-    return step
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import anima_train_network
 import train_network
-from anima_train_network import AnimaNetworkTrainer, context_step, main
+from anima_train_network import AnimaNetworkTrainer, main
 from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions
 from library.anima_runtime.transformer import Block
 from library.data.dataset import Batch
@@ -333,13 +333,6 @@ def test_a_long_caption_in_a_batch_leaves_the_others_alone(config, tiny_anima, t
     trainer.captions = SimpleNamespace(encode=lambda captions: [uneven] * len(captions))
     (inputs,) = trainer.prepare(batch(short, short))
     assert inputs.qwen_states_BSD.shape[1] == inputs.t5_ids_BL.shape[1] == 256
-
-
-def test_with_many_buckets_contexts_have_fewer_lengths():
-    """Full and last batches of each bucket in each length are as many shapes as can be recorded, at most."""
-    steps = {buckets: context_step(buckets, 512) for buckets in (1, 8, 9, 16, 17, 32, 33, 100)}
-    assert steps == {1: 128, 8: 128, 9: 256, 16: 256, 17: 512, 32: 512, 33: 512, 100: 512}
-    assert context_step(100, 100) == 128
 
 
 def test_samples_are_rendered_at_first_and_by_epoch_without_touching_training(config, tiny_anima, tmp_path, losses):

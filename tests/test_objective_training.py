@@ -9,7 +9,8 @@ import torch
 from diffusers.training_utils import compute_loss_weighting_for_sd3
 from safetensors import safe_open
 
-from anima_train_network import AnimaNetworkTrainer, TrainingInputs, main
+from anima_train_network import AnimaNetworkTrainer, main
+from library.anima_runtime.step_inputs import TrainingInputs
 
 FIELDS = {"noisy_BCTHW", "timesteps_B", "target_BCTHW", "weights_B"}
 
