@@ -32,11 +32,8 @@ def test_contexts_longer_than_the_least_go_apart_with_their_own_samples():
 
 def test_zero_rows_are_left_out_to_a_multiple_and_never_added():
     captions = [context(0, 2), context(1, 5)]
-    assert [by_context_length(samples(2), captions, 8, step)[0].context_BLD.shape[1] for step in (2, 4, 16)] == [
-        6,
-        8,
-        8,
-    ]
+    prepared = [by_context_length(samples(2), captions, 8, step) for step in (2, 4, 16)]
+    assert [inputs.context_BLD.shape[1] for (inputs,) in prepared] == [6, 8, 8]
 
 
 def test_what_the_llm_adapter_reads_is_padded_on_both_sides():
