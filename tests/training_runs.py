@@ -19,7 +19,12 @@ from torch.distributed import TCPStore
 from anima_train_network import main
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([__name__])
+# The trainer imports these when it needs them, which takes seconds.
+_LATE = (
+    "torch._dynamo", "transformers.optimization", "library.anima_runtime.qwen3", "library.anima_runtime.tokenizers",
+    "library.anima_runtime.vae", "library.anima_runtime.samplers",
+)  # fmt: skip
+_CONTEXT.set_forkserver_preload([__name__, *_LATE])
 # Seconds until a test gives up; a run takes 2 to 10 on two cores that do nothing else.
 _PATIENCE = 240
 
