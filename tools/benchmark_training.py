@@ -51,7 +51,6 @@ from tools.benchmark_cases import (
     ready_trainer,
     step_teraflops,
 )
-from tools.bytecode import count_uncompiled
 from tools.gpu_measures import ceilings, synchronize, used_memory
 from tools.kernel_profile import profile_step
 
@@ -154,10 +153,7 @@ def interpolated(times: dict[int, float], tokens: int) -> float:
 
 
 def first_step_of_process(case: Case, device: torch.device, config: AnimaConfig) -> dict[str, Any]:
-    """Seconds since this process began: until now, until models are there, and until the first step is done.
-
-    modules_uncompiled: Python modules that each start compiles from their source, see `count_uncompiled`.
-    """
+    """Seconds since this process began: until now, until models are there, and until the first step is done."""
     born = psutil.Process().create_time()
     imported = time.time() - born
     trainer = ready_trainer(case, device, config)
@@ -171,7 +167,7 @@ def first_step_of_process(case: Case, device: torch.device, config: AnimaConfig)
     hits = {name: count for group in found.values() for name, count in group.items() if "cache" in name}
     return {
         "imported_s": round(imported, 1), "models_ready_s": round(ready, 1), "first_step_done_s": round(done, 1),
-        "first_step_s": round(done - ready, 1), "compile_caches": hits, "modules_uncompiled": count_uncompiled(),
+        "first_step_s": round(done - ready, 1), "compile_caches": hits,
     }  # fmt: skip
 
 
