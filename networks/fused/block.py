@@ -42,6 +42,7 @@ class FusedBlock:
             block.register_forward_pre_hook(lambda *_: swapped.enter(backward=False))  # where it is run as it is
         self.norms = [parts.norm(f"{name}.{part}_norm") for name in ("self_attn", "cross_attn") for part in ("q", "k")]
         self.joints = (self.qkv, self.self_output, self.q, self.cross_output, self.wide, self.narrow)
+        self.entries = (self.qkv, self.q, self.wide)  # what each branch's norm goes into
 
     def parameters(self) -> list[nn.Parameter]:
         """All adapters', in the order of `block_backward`'s gradients."""
@@ -73,7 +74,7 @@ class FusedBlock:
     def begin(self, number: int, x_BLD: Tensor, former: Sum | None, given: Given) -> tuple[Tensor, Normed]:
         """The residual stream before a branch, and its norm."""
         gated = None if former is None else Gated(former, given.parts(number - 1)[1])
-        into = (self.qkv, self.q, self.wide)[number].empty_input(x_BLD.shape[0] * x_BLD.shape[1])
+        into = self.entries[number].empty_input(x_BLD.shape[0] * x_BLD.shape[1])
         return gated_norm(x_BLD, gated, given.parts(number)[0], into)
 
     def run_inside(self, number: int, x_BLD: Tensor, normed: Normed, given: Given) -> Branch:
@@ -90,6 +91,12 @@ class FusedBlock:
         (q_heads,) = normed_heads(q, self.norms[2:3], None, samples)
         (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, samples)
         return q_heads, k_heads, heads(given.context.v_NE, samples, self.head_size)
+
+    def heads_of(self, branch: SelfAttention | CrossAttention, given: Given, samples: int) -> Gradients:
+        """Those of a branch whose products are there."""
+        if isinstance(branch, SelfAttention):
+            return self.self_heads(branch.qkv, given, samples)
+        return self.cross_heads(branch.q, given, samples)
 
     def _run_self_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> SelfAttention:
         qkv = self.qkv.forward(normed.normed_ND)

@@ -61,19 +61,14 @@ class SelectiveTape:
         fused, given, x_BLD, former = self._fused, self._given, self._x_BLD, None
         for number, branch in enumerate(self._kept):
             x_BLD, normed = fused.begin(number, x_BLD, former, given)
-            branch, former = branch._replace(x_BLD=x_BLD, normed=normed), branch.output.branch
-            if isinstance(branch, SelfAttention):
-                fused.qkv.complete_input(normed.normed_ND)
-                inputs = fused.self_heads(branch.qkv, given, len(x_BLD))
-                branch = branch._replace(attended=with_inputs(branch.attended, *inputs))
-            elif isinstance(branch, CrossAttention):
-                fused.q.complete_input(normed.normed_ND)
-                inputs = fused.cross_heads(branch.q, given, len(x_BLD))
-                branch = branch._replace(attended=with_inputs(branch.attended, *inputs))
+            fused.entries[number].complete_input(normed.normed_ND)
+            if isinstance(branch, MLP):
+                inside = {"activated": activated(branch.wide)}
             else:
-                fused.wide.complete_input(normed.normed_ND)
-                branch = branch._replace(activated=activated(branch.wide))
-            self._restored.append(branch)
+                heads = fused.heads_of(branch, given, len(x_BLD))
+                inside = {"attended": with_inputs(branch.attended, *heads)}
+            self._restored.append(branch._replace(x_BLD=x_BLD, normed=normed, **inside))
+            former = branch.output.branch
         self._x_BLD, self._kept = None, []
 
 
