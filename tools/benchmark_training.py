@@ -1,7 +1,7 @@
 """Times the trainer's own step on random weights:  python tools/benchmark_training.py [CASE ...] [--steps 30]
 
-Prints one JSON line a case: ms a step (median, min, max), images a second, peak memory, and the share of a measured
-matrix product's speed that the step reaches. Without cases, all run in turn. --tiny runs on a CPU.
+Prints one JSON line a case: ms a step (median, min, max, mean), images a second, peak memory, and the share of a
+measured matrix product's speed that the step reaches. Without cases, all run in turn. --tiny runs on a CPU.
 
     --start             the time from a process's start to its first step, with nothing compiled before and again
     --memory_gib 8      as on a card of that size
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from torch import distributed
 from library.anima_runtime.config import AnimaConfig
 from library.console import show
 from library.plots import save_line_plot
-from library.training.processes import join_group
+from library.training.processes import join_group, wait_for_all
 from library.training.speed import MOST_FIXED_SHAPES
 from tools.anima_shapes import REAL, TINY, transformer_shapes
 from tools.benchmark_cases import (
@@ -51,16 +52,17 @@ from tools.benchmark_cases import (
     ready_trainer,
     step_teraflops,
 )
-from tools.gpu_measures import ceilings, synchronize, used_memory
+from tools.gpu_measures import ceilings, milliseconds_between, synchronize, time_mark, used_memory
 from tools.kernel_profile import profile_step
 
 
 def benchmark(
     case: Case, steps: int, warm_up: int, device: torch.device, config: AnimaConfig, profile: bool = False
 ) -> dict[str, Any]:
-    """Runs one case; ms are of whole steps, from a batch in main memory to the optimizer.
+    """Runs one case; ms are of whole steps, from a batch in main memory to the optimizer, as the GPU ends them in turn.
 
-    Of several buckets each is run equally often, at least once before the time is taken.
+    As in a training, nobody waits between them. Of several buckets each is run equally often, at least once before the
+    time is taken.
     """
     gc.collect()  # the last case's trainer refers to itself
     world = PartialState()
@@ -79,23 +81,19 @@ def benchmark(
     synchronize(device)
     first_step = time.perf_counter() - started
     losses += [step() for _ in range(max(warm_up, len(case.sides)) - 1)]
-    synchronize(device)
-    milliseconds = []
+    marks = [time_mark(device)]
     for _ in range(steps):
-        before = time.perf_counter()
         losses.append(step())
-        synchronize(device)
-        milliseconds.append(1000 * (time.perf_counter() - before))
-    started = time.perf_counter()
-    losses += [step() for _ in range(steps)]
+        marks.append(time_mark(device))
     synchronize(device)
-    unwatched = 1000 * (time.perf_counter() - started) / steps
+    milliseconds = [milliseconds_between(*pair) for pair in pairwise(marks)]
+    mean = milliseconds_between(marks[0], marks[-1]) / steps
     result = {
         "ms_median": round(statistics.median(milliseconds), 2),
         "ms_min": round(min(milliseconds), 2),
         "ms_max": round(max(milliseconds), 2),
-        "ms_in_a_row": round(unwatched, 2),
-        "images_per_second": round(1000 * case.batch_size * world.num_processes / unwatched, 2),
+        "ms_mean": round(mean, 2),
+        "images_per_second": round(1000 * case.batch_size * world.num_processes / mean, 2),
         "first_step_s": round(first_step, 1),
         **used_memory(device),
         "loss_first": losses[0].item(),
@@ -135,7 +133,7 @@ def fixed_shape_ms(
     times = {}
     for tokens in (areas[place] for place in places):
         alone = replace(case, sides=(by_area[tokens],))
-        times[tokens] = benchmark(alone, steps, warm_up, device, config)["ms_in_a_row"]
+        times[tokens] = benchmark(alone, steps, warm_up, device, config)["ms_mean"]
         torch._dynamo.reset()
     return statistics.fmean(interpolated(times, image_tokens(side, config)) for side in case.sides)
 
@@ -210,11 +208,11 @@ def measured(name: str, case: Case, arguments: argparse.Namespace, config: Anima
     result["teraflop"] = round(work, 2)
     if limits:
         result |= {"gpu": torch.cuda.get_device_name(), **limits}
-        result |= against_ceiling(work, limits["ceiling_tflops"], result["ms_in_a_row"])
+        result |= against_ceiling(work, limits["ceiling_tflops"], result["ms_mean"])
         torch._dynamo.reset()
     if len(case.sides) > MOST_FIXED_SHAPES and arguments.fixed_shapes > 0:
         fixed = fixed_shape_ms(case, arguments.fixed_shapes, *own)
-        result |= {"fixed_shape_ms": round(fixed, 2), "times_fixed_shape": round(result["ms_in_a_row"] / fixed, 3)}
+        result |= {"fixed_shape_ms": round(fixed, 2), "times_fixed_shape": round(result["ms_mean"] / fixed, 3)}
     return result
 
 
@@ -291,6 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.losses is not None and world.is_main_process:
         show_losses(losses, arguments.losses)
     if distributed.is_initialized():
+        wait_for_all()
         distributed.destroy_process_group()
     return 0
 

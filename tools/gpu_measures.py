@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -59,3 +60,17 @@ def synchronize(device: torch.device) -> None:
     """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def time_mark(device: torch.device) -> torch.cuda.Event | float:
+    """When the device has done what it was asked so far, for `milliseconds_between`, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
+
+
+def milliseconds_between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Of two marks that have been reached: see `synchronize`."""
+    return 1000 * (end - start) if isinstance(start, float) else start.elapsed_time(end)

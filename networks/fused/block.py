@@ -11,7 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.ops.attention_passes import Gradients, attend_forward
+from library.anima_runtime.ops.attention_passes import (
+    Gradients,
+    attend_forward,
+    attend_normed_forward,
+    norms_heads,
+)
 from library.anima_runtime.ops.block_ops import Gated, Normed, Sum, gated_norm, gelu
 from library.anima_runtime.transformer import Block
 from library.anima_runtime.weight_swap import SwappedBlock
@@ -87,10 +92,14 @@ class FusedBlock:
         return q, k, heads(qkv[2], samples, self.head_size)
 
     def cross_heads(self, q: Sequence[Tensor], given: Given, samples: int) -> Gradients:
-        """The same of cross-attention."""
-        (q_heads,) = normed_heads(q, self.norms[2:3], None, samples)
-        (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, samples)
-        return q_heads, k_heads, heads(given.context.v_NE, samples, self.head_size)
+        """The same of cross-attention; q and k before their norms, where attention does that."""
+        q_heads, k_heads, v_heads = (
+            heads(x_NE, samples, self.head_size) for x_NE in (*q, given.context.k_NE, given.context.v_NE)
+        )
+        if not norms_heads(self.block.cross_attn.attend, q_heads, k_heads):
+            (q_heads,) = normed_heads(q, self.norms[2:3], None, samples)
+            (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, samples)
+        return q_heads, k_heads, v_heads
 
     def heads_of(self, branch: SelfAttention | CrossAttention, given: Given, samples: int) -> Gradients:
         """Those of a branch whose products are there."""
@@ -105,8 +114,12 @@ class FusedBlock:
 
     def _run_cross_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> CrossAttention:
         q = self.q.forward(normed.normed_ND)
-        own = self.cross_heads(q, given, len(x_BLD))
-        attended = attend_forward(self.block.cross_attn.attend, *own, given.zero_rows)
+        attend, own = self.block.cross_attn.attend, self.cross_heads(q, given, len(x_BLD))
+        if norms_heads(attend, *own[:2]):
+            weights = self.norms[2].weight, self.norms[3].weight
+            attended = attend_normed_forward(*own, weights, given.zero_rows)
+        else:
+            attended = attend_forward(attend, *own, given.zero_rows)
         return CrossAttention(x_BLD, normed, q, attended)
 
     def _run_mlp(self, x_BLD: Tensor, normed: Normed, _given: Given) -> MLP:

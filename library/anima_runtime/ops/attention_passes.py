@@ -54,13 +54,30 @@ class Attended(NamedTuple):
 _Made = tuple[tuple[Tensor, ...], Callable[[Tensor, Gradients, tuple[Tensor, ...]], Gradients]]
 
 
+def norms_heads(function: AttentionFunction, q: Tensor, k: Tensor) -> bool:
+    """Whether `attend_normed_forward` can take such q and k, (B, L | S, heads, D) each."""
+    return function is attend and q.is_cuda and k.shape[1] < q.shape[1] and kernels_of("few_keys").attends(q, k)
+
+
+def attend_normed_forward(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, Tensor], zeros: int) -> Attended:
+    """Attention by kernels of this project, which norm q's and k's heads: (B, L | S, heads, D) each.
+
+    weights: of these norms, [D] each. zeros: how many further keys and values are zero. The gradients that it passes
+    back are those of normed q and k.
+    """
+    output, lse = kernels_of("few_keys").attend_few_keys(q, k, v, weights, zeros)
+
+    def pass_back(dout_BLE: Tensor, inputs: Gradients, _made: tuple[Tensor, ...]) -> Gradients:
+        return kernels_of("few_keys").attend_few_keys_backward(*inputs, weights, lse, dout_BLE)
+
+    return Attended((q, k, v), output, 1, (), pass_back)
+
+
 def attend_forward(function: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, zeros: int = 0) -> Attended:
     """Attention by the model's own function, or the kernel that it would choose: (B, L | S, heads, D) each.
 
     zeros: how many further keys and values are zero.
     """
-    if function is attend and q.is_cuda and k.shape[1] < q.shape[1] and kernels_of("few_keys").attends(q, k):
-        return _attend_few_keys((q, k, v), zeros)
     parts = _parts(q, k)
     inputs = _in_parts(q, k, v, parts)
     kernel = _kernel(*inputs) if function is attend else None
@@ -97,15 +114,6 @@ def attend_backward(attended: Attended, dout_NE: Tensor) -> Gradients:
         dq = dq.unflatten(0, (-1, attended.parts)).flatten(1, 2)
         dk, dv = (x.unflatten(0, (-1, attended.parts)).sum(1) for x in (dk, dv))
     return dq, dk, dv
-
-
-def _attend_few_keys(inputs: Gradients, zeros: int) -> Attended:
-    """By kernels of this project."""
-
-    def pass_back(dout_BLE: Tensor, inputs: Gradients, _made: tuple[Tensor, ...]) -> Gradients:
-        return kernels_of("few_keys").attend_few_keys_backward(*inputs, dout_BLE, zeros)
-
-    return Attended(inputs, kernels_of("few_keys").attend_few_keys(*inputs, zeros), 1, (), pass_back)
 
 
 def _parts(q: Tensor, k: Tensor) -> int:

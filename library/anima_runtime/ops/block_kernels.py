@@ -127,16 +127,18 @@ def copy_all(copies: Sequence[tuple[Tensor, Tensor, float]], plan: CopyPlan | No
     if plan is None or plan.addresses != addresses:
         sources, places, factors = zip(*copies, strict=True)
         device = places[0].device
+        pointers = [torch.tensor(own, device=device) for own in (addresses, [place.data_ptr() for place in places])]
+        sizes = [source.numel() for source in sources]
         columns = (
-            addresses,
-            [place.data_ptr() for place in places],
             [source.shape[1] for source in sources],
             [place.stride(0) for place in places],
             [place.stride(1) for place in places],
-            [source.numel() for source in sources],
+            sizes,
         )
-        tables = (*(torch.tensor(column, device=device) for column in columns), torch.tensor(factors, device=device))
-        plan = CopyPlan(addresses, tables, triton.cdiv(max(columns[-1]), _COPY_SIZE))
+        # Of 32 bits, as dividing numbers of 64 takes longer than copying.
+        numbers = [torch.tensor(column, dtype=torch.int32, device=device) for column in columns]
+        tables = (*pointers, *numbers, torch.tensor(factors, device=device))
+        plan = CopyPlan(addresses, tables, triton.cdiv(max(sizes), _COPY_SIZE))
     _copy_all[(len(copies), plan.programs)](*plan.tables, copies[0][1], SIZE=_COPY_SIZE, num_warps=4)
     return plan
 

@@ -36,7 +36,13 @@ from library.anima_runtime.ops import (
 from library.anima_runtime.ops.block_ops import Gated, Modulation, ModulationSums, Normed, Sum
 from library.anima_runtime.ops.residual_norm import RootNormed
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.uint8: "*u8"}
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 _OPTIONS = ("num_warps", "num_stages")
 ROWS, WIDTH, HEADS, SIZE, KEYS = 4096, 2048, 16, 128, 128
 
@@ -149,8 +155,9 @@ def run_low_rank() -> None:
 def run_few_keys() -> None:
     """Attention to few keys, which is for cards with much shared memory."""
     q, k, dout = bf16(1, ROWS, HEADS, SIZE), bf16(1, KEYS, HEADS, SIZE), bf16(1, ROWS, WIDTH)
-    few_keys_kernels.attend_few_keys(q, k, k, 384)
-    few_keys_kernels.attend_few_keys_backward(q, k, k, dout, 384)
+    weights = fp32(SIZE), fp32(SIZE)
+    few_keys_kernels.attend_few_keys(q, k, k, weights, 384)
+    few_keys_kernels.attend_few_keys_backward(q, k, k, weights, fp32(HEADS, ROWS), dout)
 
 
 def main(words: Sequence[str]) -> None:

@@ -2,10 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from library.anima_runtime.attention import attend
-from library.anima_runtime.ops.attention_passes import attend_backward, attend_forward
+from library.anima_runtime.ops.attention_passes import (
+    attend_backward,
+    attend_forward,
+    attend_normed_forward,
+    norms_heads,
+)
 
 HEADS, SIZE = 2, 16
 
@@ -54,22 +60,38 @@ def test_bf16_is_as_good_as_with_all_keys():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("few_keys", [True, False])
 @pytest.mark.parametrize("backend", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
 @pytest.mark.parametrize(("keys", "zeros"), [(128, 384), (100, 0), (256, 256), (640, 0)])
-def test_each_kernel_of_a_card_gives_the_same(monkeypatch, few_keys, backend, keys, zeros):
-    """few_keys: whether this project's own take what they can; some cards lack the memory for them."""
-    from library.anima_runtime.ops import few_keys_kernels
-
-    if not few_keys:
-        monkeypatch.setattr(few_keys_kernels, "attends", lambda q, k: False)
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v, dout = (
-        torch.randn(2, rows, 4, 128, generator=generator, device="cuda").bfloat16() for rows in (1024, keys, keys, 1024)
-    )
-    out, gradients = expected(*(x.double() for x in (q, k, v)), zeros, dout.double().flatten(2))
+def test_each_kernel_of_a_card_gives_the_same(backend, keys, zeros):
+    q, k, v, dout = drawn_on_the_card(keys)
+    exact = expected(*(x.double() for x in (q, k, v)), zeros, dout.double().flatten(2))
     with sdpa_kernel(getattr(SDPBackend, backend)):
         attended = attend_forward(attend, q, k, v, zeros)
-        found = attended.output, *attend_backward(attended, dout.flatten(0, 1).flatten(1))
+        assert_near(attended, dout, *exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("keys", "zeros"), [(128, 384), (100, 0), (7, 1)])
+def test_this_projects_kernels_norm_heads_and_give_the_same(keys, zeros):
+    q, k, v, dout = drawn_on_the_card(keys)
+    if not norms_heads(attend, q, k):
+        pytest.skip("this card lacks the shared memory")
+    weights = tuple(torch.linspace(*ends, 128, device="cuda") for ends in ((0.5, 2.0), (1.5, 0.5)))
+    normed = (F.rms_norm(x.double(), (128,), own.double(), 1e-6) for x, own in zip((q, k), weights, strict=True))
+    exact = expected(*normed, v.double(), zeros, dout.double().flatten(2))
+    assert_near(attend_normed_forward(q, k, v, weights, zeros), dout, *exact)
+
+
+def drawn_on_the_card(keys):
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    return (
+        torch.randn(2, rows, 4, 128, generator=generator, device="cuda").bfloat16() for rows in (1024, keys, keys, 1024)
+    )
+
+
+def assert_near(attended, dout, out, gradients):
+    found = attended.output, *attend_backward(attended, dout.flatten(0, 1).flatten(1))
     for own, exact in zip(found, (out, *gradients), strict=True):
         assert (own.double() - exact).norm() < 0.01 * exact.norm()

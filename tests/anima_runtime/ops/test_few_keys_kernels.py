@@ -4,6 +4,7 @@ from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 HEADS, SIZE = 3, 32
 
@@ -15,7 +16,7 @@ def kernels(interpreter, monkeypatch):
 
     monkeypatch.setitem(few_keys_kernels.FORWARD_LAUNCH, "ROWS", 16)
     monkeypatch.setitem(few_keys_kernels.BACKWARD_LAUNCH, "ROWS", 16)
-    monkeypatch.setitem(few_keys_kernels.BACKWARD_LAUNCH, "PROGRAMS", 2 * 2 * HEADS)
+    monkeypatch.setattr(few_keys_kernels, "PROGRAMS", 2 * 2 * HEADS)
     return few_keys_kernels
 
 
@@ -32,17 +33,22 @@ def test_result_and_gradients_are_those_of_all_keys(kernels, zeros, length, keys
     """shift: of the logits of all keys that are not zero, whose exponentials alone vanish."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda rows: torch.randn(2, rows, HEADS, SIZE, generator=generator)  # noqa: E731
-    q, k, v, dout = 9 * draw(length), draw(keys), draw(keys), draw(length).flatten(2)
-    if shift:
-        q[..., 0], k[..., 0] = shift * SIZE**0.5 / 8, 8.0
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    q, k, v, dout = draw(length), draw(keys), draw(keys), draw(length).flatten(2)
+    weights = [torch.rand(SIZE, generator=generator) + low for low in (3.0, 0.5)]
+    if shift:  # one number is most of each head: normed it is ±5.6
+        q[..., 0], k[..., 0], weights[0][0] = -50.0, 50.0, -shift * SIZE**0.5 / 32 / weights[1][0]
+    normed = [F.rms_norm(x.double(), (SIZE,), own.double(), 1e-6) for x, own in zip((q, k), weights, strict=True)]
+    leaves = [x.requires_grad_() for x in (*normed, v.double())]
     all_keys, all_values = (torch.cat([x, x.new_zeros(2, zeros, HEADS, SIZE)], dim=1) for x in leaves[1:])
     logits = torch.einsum("blhd,bshd->bhls", leaves[0], all_keys) / SIZE**0.5
+    if shift:
+        assert logits[..., :keys].max() < 0.8 * shift
     out = torch.einsum("bhls,bshd->blhd", logits.softmax(-1), all_values).flatten(2)
     expected = torch.autograd.grad(out, leaves, dout.double())
-    inputs = q, apart(k), apart(v)
-    torch.testing.assert_close(kernels.attend_few_keys(*inputs, zeros).double(), out, rtol=1e-4, atol=1e-4)
-    for found, gradient in zip(kernels.attend_few_keys_backward(*inputs, dout, zeros), expected, strict=True):
+    inputs = q, apart(k), apart(v), weights
+    result, lse = kernels.attend_few_keys(*inputs, zeros)
+    torch.testing.assert_close(result.double(), out, rtol=1e-4, atol=1e-4)
+    for found, gradient in zip(kernels.attend_few_keys_backward(*inputs, lse, dout), expected, strict=True):
         torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-3)
 
 
