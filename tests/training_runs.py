@@ -24,7 +24,8 @@ _LATE = (
     "torch._dynamo", "transformers.optimization", "library.anima_runtime.qwen3", "library.anima_runtime.tokenizers",
     "library.anima_runtime.vae", "library.anima_runtime.samplers",
 )  # fmt: skip
-_CONTEXT.set_forkserver_preload([__name__, *_LATE])
+# Some of them initialise CUDA, which a fork cannot take over.
+_CONTEXT.set_forkserver_preload([__name__, *(_LATE if torch.version.cuda is None else ())])
 # Seconds until a test gives up; a run takes 2 to 10 on two cores that do nothing else.
 _PATIENCE = 240
 
