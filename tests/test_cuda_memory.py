@@ -256,7 +256,7 @@ def test_a_preflight_tells_time_and_memory_of_each_bucket(config, tmp_path, caps
 
 
 def test_a_preflight_warns_of_a_card_that_is_nearly_full(config, capsys):
-    """All but a twentieth of the card is taken before it begins."""
+    """All but a twentieth of the card is taken before it begins: nothing else may run on it meanwhile."""
     device = torch.device("cuda", torch.cuda.current_device())
     free_all()
     taken = torch.empty(memory_limit(device) - torch.cuda.memory_allocated(), dtype=torch.uint8, device=device)
