@@ -72,9 +72,9 @@ from library.training.interrupts import Interrupted
 from library.training.launcher import end_with_launcher
 from library.training.preflight import memory_limit
 from library.training.processes import is_first_to_tell, make_accelerator
-from library.training.samples import SamplePicture
-from library.training.snapshot import file_identity
+from library.training.saving.snapshot import file_identity
 from library.training.speed import MOST_FIXED_SHAPES, compile_modules, or_uncompiled
+from library.training.watching.samples import SamplePicture
 from networks.fused.blocks import fuse_blocks, fuse_obstacle
 from networks.fused.checkpoint import parked_bytes
 from networks.setup import may_change_text_encoder

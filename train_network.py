@@ -36,24 +36,19 @@ from library.randomness import derive_seed
 from library.settings import Settings, shareable_settings
 from library.training.captured import CapturedBackward
 from library.training.choices import Choice, choose_compiling, choose_fusing, choose_graphs, recorded, told
-from library.training.ema import AdapterEma
-from library.training.flat_adamw import FlatAdamW
-from library.training.guard import Guard
-from library.training.host_copy import reserve_host_memory
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
-from library.training.log_points import LogPoints, judges_at_once
-from library.training.metadata import RunFacts, adapter_metadata
-from library.training.meter import LossAverages, Meter
 from library.training.model_hooks import ModelHooks
-from library.training.monitor import Monitor
-from library.training.optimizers import (
+from library.training.optimization.ema import AdapterEma
+from library.training.optimization.flat_adamw import FlatAdamW
+from library.training.optimization.optimizers import (
     averaged_weights,
     check_optimizer,
     make_optimizer,
     rates_before_step,
     rates_of_step,
 )
+from library.training.optimization.schedules import ScheduleSettings, draw_schedule, make_schedule
 from library.training.preflight import (
     check_fit,
     load_largest,
@@ -69,24 +64,29 @@ from library.training.processes import (
     sum_gradients,
     wait_for_all,
 )
-from library.training.progress import closing_line
-from library.training.report import try_report
 from library.training.requests import SAVE_AND_STOP, SaveRequests
-from library.training.resuming import first_state
-from library.training.rotation import clear_killed_saves
 from library.training.run import DTYPES, RunState
-from library.training.samples import SampleFiles, telling_failures
-from library.training.saver import Saver
-from library.training.saves import SAVED_COPIES, Save, copy_adapters, write_save
-from library.training.saving import epoch_name, is_due, save_epochs, step_name
-from library.training.schedules import ScheduleSettings, draw_schedule, make_schedule
-from library.training.snapshot import make_snapshot, recorded_choices
+from library.training.saving.host_copy import reserve_host_memory
+from library.training.saving.metadata import RunFacts, adapter_metadata
+from library.training.saving.resuming import first_state
+from library.training.saving.rotation import clear_killed_saves
+from library.training.saving.saver import Saver
+from library.training.saving.saves import SAVED_COPIES, Save, copy_adapters, write_save
+from library.training.saving.settings import epoch_name, is_due, save_epochs, step_name
+from library.training.saving.snapshot import make_snapshot, recorded_choices
+from library.training.saving.states import Resumable, copy_state
+from library.training.saving.upload import Uploader
 from library.training.speed import uncompiled
-from library.training.states import Resumable, copy_state
 from library.training.step_records import StepRecords
-from library.training.trackers import Tracker
-from library.training.upload import Uploader
-from library.training.validation import Validation, measured_shares, validates
+from library.training.watching.guard import Guard
+from library.training.watching.log_points import LogPoints, judges_at_once
+from library.training.watching.meter import LossAverages, Meter
+from library.training.watching.monitor import Monitor
+from library.training.watching.progress import closing_line
+from library.training.watching.report import try_report
+from library.training.watching.samples import SampleFiles, telling_failures
+from library.training.watching.trackers import Tracker
+from library.training.watching.validation import Validation, measured_shares, validates
 from networks.adapter_report import health_of
 from networks.planning import parameter_groups
 from networks.saving import tensors_to_save

@@ -18,8 +18,8 @@ from library.anima_runtime.qwen3 import load_qwen3
 from library.anima_runtime.recorded import RecordedForward
 from library.anima_runtime.text_encoding import TextEncoder
 from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
-from library.training.flat_adamw import FlatAdamW
-from library.training.optimizers import OptimizerSettings, make_optimizer
+from library.training.optimization.flat_adamw import FlatAdamW
+from library.training.optimization.optimizers import OptimizerSettings, make_optimizer
 from library.training.run import RunSettings
 from library.training.speed import SpeedSettings
 from networks import loha_anima, lokr_anima, lora_anima

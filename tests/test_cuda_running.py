@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 from library.anima_runtime.config import AnimaConfig
-from library.training.ema import EmaSettings, decay_after
-from library.training.guard import RATE_FACTOR, GuardSettings
-from library.training.host_copy import HostCopy, reserve_host_memory
+from library.training.optimization.ema import EmaSettings, decay_after
+from library.training.saving.host_copy import HostCopy, reserve_host_memory
+from library.training.saving.states import copy_state, load_state, write_state
 from library.training.speed import SpeedSettings
-from library.training.states import copy_state, load_state, write_state
+from library.training.watching.guard import RATE_FACTOR, GuardSettings
 from tests.training_runs import TrainingRun, read_records, tensor_bytes
 from tools.anima_shapes import REAL, transformer_shapes
 from tools.benchmark_cases import EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer

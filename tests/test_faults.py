@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from anima_train_network import AnimaNetworkTrainer
 from library import files
 from library.data import dataset
-from library.training.checked_files import damage_of
+from library.training.saving.checked_files import damage_of
 from tests.training_runs import TrainingRun, tensor_bytes
 from train_network import NetworkTrainer
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from anima_train_network import AnimaNetworkTrainer, main
-from library.training.guard import Guard
+from library.training.watching.guard import Guard
 from train_network import NetworkTrainer
 
 NAN = float("nan")

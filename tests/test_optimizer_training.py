@@ -145,7 +145,7 @@ def test_showing_the_schedule_draws_it_and_loads_no_model(config, tmp_path, monk
     monkeypatch.setattr(AnimaNetworkTrainer, "load_models", lambda self: pytest.fail("a model was loaded"))
     drawn = {}
     monkeypatch.setattr(
-        "library.training.schedules.save_line_plot",
+        "library.training.optimization.schedules.save_line_plot",
         lambda path, title, x_label, series: drawn.update(title=title, series=series),
     )
     words = config(max_train_epochs=2, lr_scheduler="linear", llm_adapter_lr=5e-4, show_lr_schedule="rate.png")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import train_network
 from anima_train_network import main
 from library.training.choices import Choice
-from library.training.flat_adamw import FlatAdamW
-from library.training.gradient_sums import add_gradients
+from library.training.optimization.flat_adamw import FlatAdamW
+from library.training.optimization.gradient_sums import add_gradients
 from train_network import NetworkTrainer
 
 

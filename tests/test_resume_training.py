@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from anima_train_network import AnimaNetworkTrainer, main
 from library.anima_runtime import attention_backends
-from library.training import saves
+from library.training.saving import saves
 from train_network import NetworkTrainer
 
 QUICK = {"log_with": "none"}

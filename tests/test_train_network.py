@@ -12,10 +12,10 @@ from torch import nn
 from library.data.dataset import Batch
 from library.settings import Settings
 from library.settings.groups import run_groups
-from library.training.guard import Guard
-from library.training.optimizers import OptimizerSettings
-from library.training.states import Resumable
+from library.training.optimization.optimizers import OptimizerSettings
+from library.training.saving.states import Resumable
 from library.training.step_records import SampleLoss, StepRecord
+from library.training.watching.guard import Guard
 from tests.training_runs import read_records
 from train_network import NetworkTrainer
 

@@ -23,8 +23,8 @@ import train_network
 from anima_train_network import AnimaNetworkTrainer
 from library.errors import DataError
 from library.planning import planner
-from library.training.checked_files import damage_of
-from library.training.monitor import Monitor
+from library.training.saving.checked_files import damage_of
+from library.training.watching.monitor import Monitor
 from tests.training_runs import TrainingRun, run_group, tensor_bytes
 from tools import cache_dataset
 from train_network import NetworkTrainer

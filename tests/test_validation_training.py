@@ -153,7 +153,7 @@ def test_the_best_adapter_is_kept(config, tmp_path, monkeypatch, capsys):
         loss = next(values)
         return {"loss/validation/average": loss, "loss/validation/trained_pictures": loss}
 
-    monkeypatch.setattr("library.training.validation.Validation.curves", curves)
+    monkeypatch.setattr("library.training.watching.validation.Validation.curves", curves)
     settings = {"validate_every_n_steps": 1, "save_best": True, "save_state": True, "save_every_n_steps": 1}
     assert main(config(max_train_steps=4, **SPLIT, **settings)) == 0
     output = tmp_path / "output"

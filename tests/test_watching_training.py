@@ -13,9 +13,9 @@ from PIL import Image
 
 from anima_train_network import AnimaNetworkTrainer, main
 from library.errors import UserError
-from library.training.loss_spikes import LossSpike, LossSpikes
-from library.training.sinks import TensorBoardCurves
-from library.training.trackers import Tracker
+from library.training.watching.loss_spikes import LossSpike, LossSpikes
+from library.training.watching.sinks import TensorBoardCurves
+from library.training.watching.trackers import Tracker
 
 
 def progress(tmp_path):
@@ -118,7 +118,7 @@ def test_a_report_that_cannot_be_written_ends_no_run(config, tmp_path, monkeypat
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("library.training.report.write_report", fail)
+    monkeypatch.setattr("library.training.watching.report.write_report", fail)
     assert main(config(html_report=True, log_with="none")) == 0
     assert "warning: the report is left out: OSError: " in capsys.readouterr().err
     assert (tmp_path / "output" / "tiny.safetensors").is_file()
@@ -167,7 +167,9 @@ def test_tensorboard_shows_the_runs_of_a_folder_until_the_run_ends(config, tmp_p
 
 def test_nothing_is_shown_or_drawn_before_the_settings_are_checked(config, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("library.training.trackers.TensorBoardServer", lambda *arguments: started.append(arguments))
+    monkeypatch.setattr(
+        "library.training.watching.trackers.TensorBoardServer", lambda *arguments: started.append(arguments)
+    )
     assert main(config(auto_start_tensorboard=True, train_data_dir=tmp_path / "nowhere")) == 1
     assert started == [] and not (tmp_path / "logs").exists()
 
@@ -194,7 +196,7 @@ class FailingHub:
 def test_a_hub_that_fails_ends_no_run(config, tmp_path, monkeypatch, capsys, fails_to_make):
     monkeypatch.setattr(FailingHub, "fails_to_make", fails_to_make)
     monkeypatch.setattr("huggingface_hub.HfApi", FailingHub)
-    monkeypatch.setattr("library.training.upload._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("library.training.saving.upload._FIRST_PAUSE", 0.0)
     hub = {"huggingface_repo_id": "me/a", "save_state_to_huggingface": True}
     assert main(config(**hub, save_every_n_steps=1, save_state=True)) == 0
     said = capsys.readouterr().err

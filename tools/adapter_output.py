@@ -12,7 +12,7 @@ from library.errors import SettingError
 from library.files import write_atomically
 from library.model_hashes import BLANK_HASHES, fill_hashes
 from library.tensor_files import TensorSpool, write_tensors
-from library.training.saving import SAVE_DTYPES
+from library.training.saving.settings import SAVE_DTYPES
 from networks.adapter_files import export_tensors
 from networks.adapter_types import Adapters
 from networks.key_formats import FORMATS

@@ -37,10 +37,10 @@ from library.data.pictures import Picture
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.planning.plan import RunPlan
 from library.settings import Settings, shareable_settings
-from library.training.monitor import Monitor
-from library.training.saver import Saver
-from library.training.saving import NO_FILES
+from library.training.saving.saver import Saver
+from library.training.saving.settings import NO_FILES
 from library.training.step_records import StepRecord, StepRecords
+from library.training.watching.monitor import Monitor
 from networks.setup import import_network_module
 from tools.anima_shapes import REAL, TINY, transformer_shapes
 from tools.benchmark_cases import CASES, EAGER, BenchmarkTrainer, Case, case_settings, endless_batches, made_trainer

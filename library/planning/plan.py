@@ -15,8 +15,8 @@ from library.data.cache_size import described_caches
 from library.data.pictures import Picture
 from library.data.settings import DataSettings
 from library.training.machine import describe_device, free_bytes, readable_size
-from library.training.saving import PlannedFiles
-from library.training.snapshot import Sections, digest_of
+from library.training.saving.settings import PlannedFiles
+from library.training.saving.snapshot import Sections, digest_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RunPlan:
     network: on the meta device; None where another package makes it. rates: the learning rate of each part.
     validation: pictures that are not trained but measured, as they are measured.
     files: what the run will save, as far as the network is known.
-    resume: the state to go on from. made_of: what a resumed run is compared by, see `library.training.snapshot`.
+    resume: the state to go on from. made_of: what a resumed run is compared by, see `library.training.saving.snapshot`.
     """
 
     network_module: ModuleType

@@ -19,18 +19,18 @@ from library.errors import Problems
 from library.planning.plan import RunPlan, compared_by
 from library.settings import Settings
 from library.settings.sections import settings_sections
-from library.training.ema import check_ema
 from library.training.machine import check_device, check_disk, warn_of_cache_space
-from library.training.optimizers import check_optimizer
+from library.training.optimization.ema import check_ema
+from library.training.optimization.optimizers import check_optimizer
+from library.training.optimization.schedule_checks import check_length
 from library.training.preflight import check_preflight
-from library.training.resuming import find_state
-from library.training.rotation import check_nothing_overwritten, saved_files, size_of
 from library.training.run import planned_steps, starting_state
-from library.training.saving import NO_FILES, PlannedFiles, planned_files
-from library.training.schedule_checks import check_length
-from library.training.snapshot import Sections, check_snapshot
-from library.training.states import check_shapes
-from library.training.trackers import check_trackers
+from library.training.saving.resuming import find_state
+from library.training.saving.rotation import check_nothing_overwritten, saved_files, size_of
+from library.training.saving.settings import NO_FILES, PlannedFiles, planned_files
+from library.training.saving.snapshot import Sections, check_snapshot
+from library.training.saving.states import check_shapes
+from library.training.watching.trackers import check_trackers
 from networks.arguments import described
 from networks.network import AdapterNetwork
 from networks.planning import parameter_groups, plan_network

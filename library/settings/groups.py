@@ -19,18 +19,18 @@ from library.anima_runtime.tokenizer_sources import TokenizerSettings
 from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
 from library.options import Option, Secret, options_of
 from library.settings.entries import Given
-from library.training.ema import EmaSettings
-from library.training.guard import GuardSettings
-from library.training.metadata import shareable_argument, shareable_path
-from library.training.monitor import MonitorSettings
-from library.training.optimizers import OptimizerSettings
+from library.training.optimization.ema import EmaSettings
+from library.training.optimization.optimizers import OptimizerSettings
+from library.training.optimization.schedules import ScheduleSettings
 from library.training.run import RunSettings
-from library.training.saving import SavingSettings
-from library.training.schedules import ScheduleSettings
+from library.training.saving.metadata import shareable_argument, shareable_path
+from library.training.saving.settings import SavingSettings
+from library.training.saving.upload import HubSettings
 from library.training.speed import SpeedSettings
-from library.training.trackers import LoggingSettings
-from library.training.upload import HubSettings
-from library.training.validation import ValidationSettings
+from library.training.watching.guard import GuardSettings
+from library.training.watching.monitor import MonitorSettings
+from library.training.watching.trackers import LoggingSettings
+from library.training.watching.validation import ValidationSettings
 from networks.settings import NetworkSettings
 
 

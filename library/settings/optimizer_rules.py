@@ -10,8 +10,8 @@ import torch
 from library.errors import SettingError
 from library.settings.groups import Settings
 from library.settings.origins import origin
-from library.training.optimizers import check_optimizer, finds_own_rate, is_schedule_free, sets_own_rate
-from library.training.schedule_checks import check_schedule
+from library.training.optimization.optimizers import check_optimizer, finds_own_rate, is_schedule_free, sets_own_rate
+from library.training.optimization.schedule_checks import check_schedule
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""A run's settings, sorted by what it means for a resumed run when they change; see `library.training.snapshot`."""
+"""A run's settings, sorted by what it means for a resumed run when they change; see `training.saving.snapshot`."""
 
 from __future__ import annotations
 

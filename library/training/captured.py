@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from library.cuda_graphs import first_line, recorded
-from library.training.gradient_sums import add_gradients
+from library.training.optimization.gradient_sums import add_gradients
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from library.data.dataset import Batch
 from library.data.pictures import Picture
 from library.errors import Problems
 from library.training.choices import Choice
-from library.training.samples import SamplePicture
+from library.training.watching.samples import SamplePicture
 from networks.setup import Network
 
 

@@ -1,0 +1,1 @@
+"""Optimizers, their states, learning-rate schedules, and averages of the weights."""
