@@ -36,6 +36,7 @@ from library.randomness import derive_seed
 from library.settings import Settings, shareable_settings
 from library.training.captured import CapturedBackward
 from library.training.choices import Choice, choose_compiling, choose_fusing, choose_graphs, recorded, told
+from library.training.host_copy import reserve_host_memory
 from library.training.interrupts import Interrupted, stop_requests
 from library.training.lack_of_memory import explaining_lack_of_memory, tried_twice
 from library.training.model_hooks import ModelHooks
@@ -66,7 +67,6 @@ from library.training.processes import (
 )
 from library.training.requests import SAVE_AND_STOP, SaveRequests
 from library.training.run import DTYPES, RunState
-from library.training.saving.host_copy import reserve_host_memory
 from library.training.saving.metadata import RunFacts, adapter_metadata
 from library.training.saving.resuming import first_state
 from library.training.saving.rotation import clear_killed_saves

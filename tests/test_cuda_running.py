@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from library.anima_runtime.config import AnimaConfig
+from library.training.host_copy import HostCopy, reserve_host_memory
 from library.training.optimization.ema import EmaSettings, decay_after
-from library.training.saving.host_copy import HostCopy, reserve_host_memory
 from library.training.saving.states import copy_state, load_state, write_state
 from library.training.speed import SpeedSettings
 from library.training.watching.guard import RATE_FACTOR, GuardSettings

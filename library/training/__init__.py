@@ -1,1 +1,1 @@
-"""What any run needs: optimizers, schedules, run state, saving, trackers, metadata."""
+"""What any run needs, whatever model it trains: a step and its speed here, and more in folders."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from library.training.saving.host_copy import HostCopy
+from library.training.host_copy import HostCopy
 
 
 @dataclass(frozen=True)

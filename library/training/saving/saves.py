@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from library.adapter_writing import write_adapter
+from library.training.host_copy import HostCopy, bytes_of
 from library.training.machine import free_bytes
 from library.training.optimization.ema import AdapterEma
 from library.training.optimization.optimizers import averaged_weights
-from library.training.saving.host_copy import HostCopy, bytes_of
 from library.training.saving.settings import SAVE_DTYPES, SavingSettings
 from library.training.saving.states import StateCopy, write_state
 

@@ -26,11 +26,11 @@ from torch import nn
 from library.errors import ModelFileError, SettingError, first_ten
 from library.files import folder_written_atomically
 from library.tensor_files import spec_of, tensor_pieces
+from library.training.host_copy import HostCopy
 from library.training.optimization.optimizer_states import load_optimizer, optimizer_content
 from library.training.optimization.schedule_states import load_schedule, schedule_content
 from library.training.run import RunState
 from library.training.saving.checked_files import HashingFile, damage_of, write_checked
-from library.training.saving.host_copy import HostCopy
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from library.errors import UserError, first_ten
 from library.options import option
+from library.training.host_copy import HostCopy
 from library.training.optimization.ema import AdapterEma
 from library.training.run import RunState
-from library.training.saving.host_copy import HostCopy
 from library.training.step_records import SampleLoss, StepRecord
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from library.training import machine
+from library.training.host_copy import HostCopy
 from library.training.optimization.ema import AdapterEma, EmaSettings
 from library.training.run import RunState
-from library.training.saving.host_copy import HostCopy
 from library.training.saving.saves import Save, copy_adapters, write_save
 from library.training.saving.settings import SavingSettings
 from library.training.saving.states import StateCopy

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import torch
 
-from library.training.saving.host_copy import HostCopy, _pieces, bytes_of, reserve_host_memory
+from library.training.host_copy import HostCopy, _pieces, bytes_of, reserve_host_memory
 
 
 def test_tensors_are_copied_wherever_they_stand_and_the_rest_stays_what_it_is():
@@ -42,7 +42,7 @@ def test_bytes_are_counted_wherever_tensors_stand():
 
 
 def test_pieces_hold_tensors_of_one_type_and_no_more_than_fits(monkeypatch):
-    monkeypatch.setattr("library.training.saving.host_copy._PIECE_BYTES", 40)
+    monkeypatch.setattr("library.training.host_copy._PIECE_BYTES", 40)
     forms = [(4, torch.float32), (4, torch.float32), (4, torch.float32), (3, torch.int64), (99, torch.int64)]
     tensors = [torch.ones(size, dtype=dtype) for size, dtype in forms]
     assert [len(piece) for piece in _pieces(tensors)] == [2, 1, 1, 1]
