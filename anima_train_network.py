@@ -14,19 +14,17 @@ from torch import Tensor, nn
 
 from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import check_transformer_file, load_transformer
-from library.anima_runtime.contexts import CaptionContext, ContextEncoder
 from library.anima_runtime.devices import to_device
 from library.anima_runtime.encoders import LazyTextEncoder, LazyVAE
-from library.anima_runtime.flow import add_noise, velocity_target
 from library.anima_runtime.known_models import KnownModels
-from library.anima_runtime.losses import elementwise_losses, timestep_weights
-from library.anima_runtime.low_memory import BlockSwap, check_swap, place_transformer
-from library.anima_runtime.noise import draw_noise, perturb_noise
-from library.anima_runtime.ops.block_ops import kernel_obstacle
-from library.anima_runtime.parking import Parking
-from library.anima_runtime.prompts import read_prompts
-from library.anima_runtime.recorded import RecordedForward
-from library.anima_runtime.step_inputs import (
+from library.anima_runtime.memory.low_memory import BlockSwap, check_swap, place_transformer
+from library.anima_runtime.memory.parking import Parking
+from library.anima_runtime.memory.step_memory import AlsoThere, needed_memory
+from library.anima_runtime.memory.weight_swap import WeightSwap
+from library.anima_runtime.objective.flow import add_noise, velocity_target
+from library.anima_runtime.objective.losses import elementwise_losses, timestep_weights
+from library.anima_runtime.objective.noise import draw_noise, perturb_noise
+from library.anima_runtime.objective.step_inputs import (
     CONTEXT_STEP,
     ContextInputs,
     Samples,
@@ -34,19 +32,21 @@ from library.anima_runtime.step_inputs import (
     by_context_length,
     context_step,
 )
-from library.anima_runtime.step_memory import AlsoThere, needed_memory
-from library.anima_runtime.text_cache import TextCache
-from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions
-from library.anima_runtime.timestep_plot import save_timestep_histogram
-from library.anima_runtime.timesteps import base_sampling, draw_timesteps, flow_shift, timestep_at
-from library.anima_runtime.tokenizer_plans import (
+from library.anima_runtime.objective.timestep_plot import save_timestep_histogram
+from library.anima_runtime.objective.timesteps import base_sampling, draw_timesteps, flow_shift, timestep_at
+from library.anima_runtime.ops.block_ops import kernel_obstacle
+from library.anima_runtime.sampling.prompts import read_prompts
+from library.anima_runtime.sampling.recorded import RecordedForward
+from library.anima_runtime.text.cache import TextCache
+from library.anima_runtime.text.contexts import CaptionContext, ContextEncoder
+from library.anima_runtime.text.encoding import CaptionStates, PaddedCaptions
+from library.anima_runtime.text.tokenizer_plans import (
     TokenizerPlan,
     check_tokenizer,
     plan_qwen_tokenizer,
     plan_t5_tokenizer,
 )
 from library.anima_runtime.transformer import AnimaTransformer
-from library.anima_runtime.weight_swap import WeightSwap
 from library.console import show_error, show_log_messages
 from library.data.dataset import Batch
 from library.data.picture_index import cache_folder
@@ -373,7 +373,7 @@ class AnimaNetworkTrainer(NetworkTrainer):
         return self.transformer.encode_context(*text, min_length=0)
 
     def render_samples(self) -> list[SamplePicture]:
-        from library.anima_runtime.sampling import render
+        from library.anima_runtime.sampling.rendering import render
 
         vae = self.vae.loaded.to(self.device)
         min_length = self.settings.model.anima_seq_len

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.anima_runtime.file_kinds import describe_tensors
+from library.anima_runtime.memory.quantised import StoredTensor
 from library.anima_runtime.model_files import read_header
-from library.anima_runtime.quantised import StoredTensor
 from library.errors import ModelFileError, first_ten
 from library.tensor_files import DTYPES
 from networks.adapter_types import Adapters, Shape, describe_adapters, weight_shape

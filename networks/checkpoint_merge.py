@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.anima_runtime.checkpoint import check_transformer_file, names_in_file
+from library.anima_runtime.memory.quantised import StoredTensor, fold_scales
 from library.anima_runtime.model_files import read_header
-from library.anima_runtime.quantised import StoredTensor, fold_scales
 from library.errors import ModelFileError
 from library.tensor_files import TensorSpec, write_tensors
 from networks.adapter_files import load_adapter_file, read_adapter_file

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from anima_train_network import AnimaNetworkTrainer, main
 from library.anima_runtime.checkpoint import check_transformer_file
-from library.anima_runtime.qwen3 import plan_qwen3
+from library.anima_runtime.text.qwen3 import plan_qwen3
 from library.anima_runtime.transformer import AnimaTransformer
 from networks.adapter_files import read_adapter_file
 from networks.comfyui_reader import check_comfyui_reads

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import anima_train_network
 import train_network
 from anima_train_network import AnimaNetworkTrainer, main
-from library.anima_runtime.text_encoding import CaptionStates, PaddedCaptions
+from library.anima_runtime.text.encoding import CaptionStates, PaddedCaptions
 from library.anima_runtime.transformer import Block
 from library.data.dataset import Batch
 from library.errors import Problems

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from anima_train_network import main
-from library.anima_runtime.text_encoding import TextEncoder
+from library.anima_runtime.text.encoding import TextEncoder
 from library.anima_runtime.vae import AnimaVAE
 from tools import cache_dataset
 

@@ -14,10 +14,10 @@ from library.anima_runtime.attention_backends import choose_attention
 from library.anima_runtime.checkpoint import load_transformer
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.ops.attention_passes import attend_backward, attend_forward
-from library.anima_runtime.qwen3 import load_qwen3
-from library.anima_runtime.recorded import RecordedForward
-from library.anima_runtime.text_encoding import TextEncoder
-from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from library.anima_runtime.sampling.recorded import RecordedForward
+from library.anima_runtime.text.encoding import TextEncoder
+from library.anima_runtime.text.qwen3 import load_qwen3
+from library.anima_runtime.text.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.training.optimization.flat_adamw import FlatAdamW
 from library.training.optimization.optimizers import OptimizerSettings, make_optimizer
 from library.training.run import RunSettings

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anima_train_network import main
 from library.anima_runtime.config import AnimaConfig
-from library.anima_runtime.low_memory import MemorySettings
+from library.anima_runtime.memory.low_memory import MemorySettings
 from library.training.optimization.optimizers import OptimizerSettings
 from library.training.preflight import memory_limit
 from library.training.run import RunSettings

@@ -10,7 +10,7 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3
 from safetensors import safe_open
 
 from anima_train_network import AnimaNetworkTrainer, main
-from library.anima_runtime.step_inputs import TrainingInputs
+from library.anima_runtime.objective.step_inputs import TrainingInputs
 
 FIELDS = {"noisy_BCTHW", "timesteps_B", "target_BCTHW", "weights_B"}
 

@@ -21,8 +21,8 @@ from anima_train_network import main
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The trainer imports these when it needs them, which takes seconds.
 _LATE = (
-    "torch._dynamo", "transformers.optimization", "library.anima_runtime.qwen3", "library.anima_runtime.tokenizers",
-    "library.anima_runtime.vae", "library.anima_runtime.samplers",
+    "torch._dynamo", "transformers.optimization", "library.anima_runtime.text.qwen3",
+    "library.anima_runtime.text.tokenizers", "library.anima_runtime.vae", "library.anima_runtime.sampling.samplers",
 )  # fmt: skip
 # Some of them initialise CUDA, which a fork cannot take over.
 _CONTEXT.set_forkserver_preload([__name__, *(_LATE if torch.version.cuda is None else ())])

@@ -25,8 +25,8 @@ from transformers import Qwen3Model
 from transformers.utils import logging as transformers_logging
 
 from library.anima_runtime.config import AnimaConfig
-from library.anima_runtime.text_encoding import TextEncoder
-from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from library.anima_runtime.text.encoding import TextEncoder
+from library.anima_runtime.text.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.console import show
 from library.data.dataset import TrainingBatches
 from library.data.pictures import Picture

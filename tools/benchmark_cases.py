@@ -15,9 +15,9 @@ from torch import nn
 
 from anima_train_network import AnimaNetworkTrainer
 from library.anima_runtime.config import AnimaConfig
-from library.anima_runtime.contexts import CaptionContext
-from library.anima_runtime.low_memory import MemorySettings
-from library.anima_runtime.text_encoding import CaptionStates
+from library.anima_runtime.memory.low_memory import MemorySettings
+from library.anima_runtime.text.contexts import CaptionContext
+from library.anima_runtime.text.encoding import CaptionStates
 from library.anima_runtime.transformer import AnimaTransformer
 from library.data.dataset import Batch
 from library.settings import Settings

@@ -25,9 +25,9 @@ if __name__ == "__main__":
 import torch
 
 from library.anima_runtime.config import AnimaConfig
-from library.anima_runtime.prompts import PromptRequest
-from library.anima_runtime.recorded import RecordedForward
-from library.anima_runtime.sampling import denoise
+from library.anima_runtime.sampling.prompts import PromptRequest
+from library.anima_runtime.sampling.recorded import RecordedForward
+from library.anima_runtime.sampling.rendering import denoise
 from library.console import show
 from library.training.speed import SpeedSettings
 from tools.anima_shapes import REAL, TINY, transformer_shapes

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from library.anima_runtime.tokenizer_plans import plan_t5_tokenizer
-from library.anima_runtime.tokenizers import load_t5_tokenizer
+from library.anima_runtime.text.tokenizer_plans import plan_t5_tokenizer
+from library.anima_runtime.text.tokenizers import load_t5_tokenizer
 from library.data.dataset import TrainingBatches
 from library.data.epochs import plan_epoch
 from library.data.faces import warn_of_missing_faces

@@ -28,8 +28,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from library.anima_runtime.checkpoint import check_transformer_file, strip_prefix
+from library.anima_runtime.memory.quantised import StoredTensor, apply_scale, fold_scales
 from library.anima_runtime.model_files import read_header
-from library.anima_runtime.quantised import StoredTensor, apply_scale, fold_scales
 from library.console import progress_bar, show, show_error
 from library.errors import ModelFileError, SettingError, UserError, first_ten
 from library.model_hashes import BLANK_HASHES

@@ -9,8 +9,8 @@ import torch
 
 from library.anima_runtime.config import AnimaConfig
 from library.anima_runtime.file_kinds import describe_tensors
+from library.anima_runtime.memory.quantised import fold_scales
 from library.anima_runtime.model_files import Rename, load_into, match_tensors, read_header
-from library.anima_runtime.quantised import fold_scales
 from library.anima_runtime.transformer import AnimaTransformer
 from library.errors import ModelFileError
 

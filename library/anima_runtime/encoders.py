@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import torch
 
 from library.anima_runtime.known_models import FileStamps, KnownModels
-from library.anima_runtime.text_encoding import CaptionStates, TextEncoder
-from library.anima_runtime.tokenizer_plans import TokenizerPlan
+from library.anima_runtime.text.encoding import CaptionStates, TextEncoder
+from library.anima_runtime.text.tokenizer_plans import TokenizerPlan
 from library.errors import ModelFileError
 from library.tensor_cache import identity_of
 
@@ -129,7 +129,7 @@ class LazyTextEncoder:
 
     def plan_qwen(self) -> Qwen3Model:
         """Qwen3 without weights, on the meta device; raises what loading it would, from the files' headers alone."""
-        from library.anima_runtime.qwen3 import plan_qwen3
+        from library.anima_runtime.text.qwen3 import plan_qwen3
 
         return plan_qwen3(self._path)
 
@@ -161,8 +161,8 @@ class LazyTextEncoder:
         return self.loaded.encode(captions, with_gradient)
 
     def _load(self) -> TextEncoder:
-        from library.anima_runtime.qwen3 import load_qwen3
-        from library.anima_runtime.tokenizers import provide_qwen_tokenizer, provide_t5_tokenizer
+        from library.anima_runtime.text.qwen3 import load_qwen3
+        from library.anima_runtime.text.tokenizers import provide_qwen_tokenizer, provide_t5_tokenizer
 
         # Tokenizers first: their download may fail, and Qwen3 takes longer.
         tokenizers = provide_qwen_tokenizer(self._qwen_plan), provide_t5_tokenizer(self._t5_plan, self._t5_is_strict)

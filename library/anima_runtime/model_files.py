@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from library.anima_runtime.file_kinds import describe_tensors
-from library.anima_runtime.quantised import StoredTensor, apply_scale, fold_scales
+from library.anima_runtime.memory.quantised import StoredTensor, apply_scale, fold_scales
 from library.errors import ModelFileError, first_ten
 
 Rename = Callable[[str], str | None]

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from library.anima_runtime.losses import LossSettings
-from library.anima_runtime.low_memory import MemorySettings
-from library.anima_runtime.noise import NoiseSettings
-from library.anima_runtime.sample_settings import SampleSettings
+from library.anima_runtime.memory.low_memory import MemorySettings
+from library.anima_runtime.objective.losses import LossSettings
+from library.anima_runtime.objective.noise import NoiseSettings
+from library.anima_runtime.objective.timesteps import TimestepSettings
+from library.anima_runtime.sampling.settings import SampleSettings
 from library.anima_runtime.settings import ModelSettings
-from library.anima_runtime.timesteps import TimestepSettings
-from library.anima_runtime.tokenizer_sources import TokenizerSettings
+from library.anima_runtime.text.tokenizer_sources import TokenizerSettings
 from library.data.settings import DatasetSettings, DataSettings, SubsetSettings
 from library.options import Option, Secret, options_of
 from library.settings.entries import Given

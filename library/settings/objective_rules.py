@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.anima_runtime.timesteps import base_sampling, lacks_timesteps, timestep_problems
+from library.anima_runtime.objective.timesteps import base_sampling, lacks_timesteps, timestep_problems
 from library.settings.groups import Settings
 
 

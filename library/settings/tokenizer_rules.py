@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from library.anima_runtime.tokenizer_sources import MODELSCOPE, t5_sources
+from library.anima_runtime.text.tokenizer_sources import MODELSCOPE, t5_sources
 from library.settings.groups import Settings
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from library.anima_runtime.memory.weight_swap import SwappedBlock
 from library.anima_runtime.ops.attention_passes import (
     Gradients,
     attend_forward,
@@ -19,7 +20,6 @@ from library.anima_runtime.ops.attention_passes import (
 )
 from library.anima_runtime.ops.block_ops import Gated, Normed, Sum, gated_norm, gelu
 from library.anima_runtime.transformer import Block
-from library.anima_runtime.weight_swap import SwappedBlock
 from networks.adapter import Adapter
 from networks.fused.parts import Parts, heads, normed_heads, rows
 from networks.fused.tape import MLP, Branch, CrossAttention, Given, Output, SelfAttention, Tape

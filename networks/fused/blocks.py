@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from library.anima_runtime.attention import RotaryTables
-from library.anima_runtime.parking import Parking
+from library.anima_runtime.memory.parking import Parking
+from library.anima_runtime.memory.weight_swap import SwappedBlock, WeightSwap
 from library.anima_runtime.transformer import AnimaTransformer, Block
-from library.anima_runtime.weight_swap import SwappedBlock, WeightSwap
 from networks.adapter import NO_DROPOUT
 from networks.fused.backward import block_backward
 from networks.fused.block import FusedBlock

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from library.anima_runtime.config import AnimaConfig
+from library.anima_runtime.memory.parking import Parked, Parking
 from library.anima_runtime.ops.attention_passes import Attended, with_inputs, with_made
 from library.anima_runtime.ops.block_ops import Sum
-from library.anima_runtime.parking import Parked, Parking
 from networks.fused.block import FusedBlock, activated
 from networks.fused.tape import MLP, Branch, CrossAttention, Given, Output, SelfAttention
 

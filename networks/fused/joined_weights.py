@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from library.anima_runtime.float8 import Float8Linear
+from library.anima_runtime.memory.float8 import Float8Linear
+from library.anima_runtime.memory.weight_swap import SwappedBlock
 from library.anima_runtime.ops.writing import write_out
-from library.anima_runtime.weight_swap import SwappedBlock
 
 
 class LastingWeights:

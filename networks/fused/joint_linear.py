@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from library.anima_runtime.memory.weight_swap import SwappedBlock
 from library.anima_runtime.ops.block_ops import Sum
 from library.anima_runtime.ops.kernels import kernels_of
-from library.anima_runtime.weight_swap import SwappedBlock
 from networks.fused.joined_weights import joined_weights
 from networks.lora import LoRA
 

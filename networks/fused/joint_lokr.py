@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from library.anima_runtime.memory.weight_swap import SwappedBlock
 from library.anima_runtime.ops.block_ops import Sum
 from library.anima_runtime.ops.mixing import merge, mix
-from library.anima_runtime.weight_swap import SwappedBlock
 from networks.fused.joined_weights import joined_weights
 from networks.fused.joint_linear import joint_bias, wide_product
 from networks.lokr import LoKr

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from library.anima_runtime.attention import RMSNorm, RotaryTables
+from library.anima_runtime.memory.weight_swap import SwappedBlock
 from library.anima_runtime.ops.block_ops import ManyCopies, empty_head_sums, head_norms, head_norms_backward, summed
-from library.anima_runtime.weight_swap import SwappedBlock
 from networks.adapter import Adapter
 from networks.fused.joint_linear import JointLinear
 from networks.fused.joint_lokr import JointLoKr

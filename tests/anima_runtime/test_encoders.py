@@ -15,11 +15,11 @@ from library.anima_runtime import known_models
 from library.anima_runtime import vae as vae_module
 from library.anima_runtime.encoders import LazyTextEncoder, LazyVAE
 from library.anima_runtime.known_models import KnownModels
-from library.anima_runtime.qwen3 import load_qwen3
-from library.anima_runtime.text_encoding import TextEncoder
-from library.anima_runtime.tokenizer_plans import plan_qwen_tokenizer, plan_t5_tokenizer
-from library.anima_runtime.tokenizer_sources import TokenizerSettings
-from library.anima_runtime.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
+from library.anima_runtime.text.encoding import TextEncoder
+from library.anima_runtime.text.qwen3 import load_qwen3
+from library.anima_runtime.text.tokenizer_plans import plan_qwen_tokenizer, plan_t5_tokenizer
+from library.anima_runtime.text.tokenizer_sources import TokenizerSettings
+from library.anima_runtime.text.tokenizers import load_qwen_tokenizer, load_t5_tokenizer
 from library.anima_runtime.vae import load_vae
 from library.errors import ModelFileError
 from library.tensor_cache import identity_of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from library.anima_runtime import tokenizer_plans
+from library.anima_runtime.text import tokenizer_plans
 from library.data.pixels import load_pixels
 from library.randomness import python_random
 from tools.inspect_dataset import main

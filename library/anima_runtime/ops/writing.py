@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from library.anima_runtime.float8 import dequantised
+from library.anima_runtime.memory.float8 import dequantised
 from library.anima_runtime.ops.kernels import kernels_of
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from library.anima_runtime.config import AnimaConfig
-from library.anima_runtime.low_memory import quantise_blocks
+from library.anima_runtime.memory.low_memory import quantise_blocks
+from library.anima_runtime.memory.weight_swap import WeightSwap
 from library.anima_runtime.transformer import AnimaTransformer
-from library.anima_runtime.weight_swap import WeightSwap
 from networks import loha_anima, lokr_anima, lora_anima
 from networks.fused.blocks import FusedBlocks, fuse_blocks, fuse_obstacle
 from networks.network import AdapterNetwork

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from library.anima_runtime.parking import Parking
+from library.anima_runtime.memory.parking import Parking
 from networks.fused.blocks import fuse_blocks
 from networks.fused.checkpoint import parked_bytes
 from tests.networks.fused.test_blocks import CASES, CONFIG, inputs, model_and_network

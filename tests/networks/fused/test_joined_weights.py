@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from library.anima_runtime.float8 import quantise
-from library.anima_runtime.weight_swap import SwappedBlock, WeightSwap
+from library.anima_runtime.memory.float8 import quantise
+from library.anima_runtime.memory.weight_swap import SwappedBlock, WeightSwap
 from networks.fused.joined_weights import LastingWeights, WrittenWeights, joined_weights
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from library.anima_runtime.low_memory import quantise_blocks
+from library.anima_runtime.memory.low_memory import quantise_blocks
+from library.anima_runtime.memory.weight_swap import WeightSwap
 from library.anima_runtime.ops import attention_passes
-from library.anima_runtime.weight_swap import WeightSwap
 from networks import lokr_anima, lora_anima
 from networks.fused.blocks import fuse_blocks, fuse_obstacle
 from tests.networks.fused import test_blocks

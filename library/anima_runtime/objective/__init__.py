@@ -1,0 +1,1 @@
+"""What training makes small: noise, timesteps, targets and losses of flow matching."""

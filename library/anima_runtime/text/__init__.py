@@ -1,0 +1,1 @@
+"""Captions on their way to the text context: tokenizers, Qwen3, caches."""
