@@ -110,7 +110,7 @@ def test_torchs_attention_kernels_equal_float32(backend, dtype):
 @pytest.mark.parametrize("zeros", [0, 300])
 @pytest.mark.parametrize(("samples", "length", "keys"), [(2, 1000, 128), (1, 4096, 100), (1, 4096, 200), (3, 640, 640)])
 def test_attentions_two_passes_equal_float64(samples, length, keys, zeros):
-    """By own kernels for up to 128 keys, by torch's beyond; some keys of zeros are not there."""
+    """By the kernels that torch chooses; some keys of zeros are not there."""
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("these kernels need an Ampere card or newer")
     draw = lambda rows: torch.randn(samples, rows, 16, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731

@@ -24,8 +24,8 @@ _LATE = (
     "torch._dynamo", "transformers.optimization", "library.anima_runtime.text.qwen3",
     "library.anima_runtime.text.tokenizers", "library.anima_runtime.vae", "library.anima_runtime.sampling.samplers",
 )  # fmt: skip
-# Some of them initialise CUDA, which a fork cannot take over.
-_CONTEXT.set_forkserver_preload([__name__, *(_LATE if torch.version.cuda is None else ())])
+# Some of them initialise CUDA where there is a card, which a fork cannot take over.
+_CONTEXT.set_forkserver_preload([__name__, *(() if torch.cuda.is_available() else _LATE)])
 # Seconds until a test gives up; a run takes 2 to 10 on two cores that do nothing else.
 _PATIENCE = 240
 

@@ -103,14 +103,14 @@ def _draw_roof(axes: Axes, profile: Mapping[str, Any], line: Mapping[str, Any]) 
 
 def _draw_cases(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
     names = [line["case"] for line in lines]
-    axes.barh(names, [line["ms_mean"] for line in lines], color="#c6dbef", label="measured")
+    axes.barh(names, [line["ms_median"] for line in lines], color="#c6dbef", label="measured")
     floors = [line["floor_ms"] for line in lines]
     axes.barh(names, floors, color="#1f77b4", label="what its work takes at the ceiling")
     for place, line in enumerate(lines):
-        text = f" {line['ms_mean']:.1f} ms, {line['share_of_ceiling']:.0%}"
-        axes.annotate(text, (line["ms_mean"], place), va="center")
+        text = f" {line['ms_median']:.1f} ms, {line['share_of_ceiling']:.0%}"
+        axes.annotate(text, (line["ms_median"], place), va="center")
     axes.invert_yaxis()
-    axes.set_xlim(right=1.35 * max(line["ms_mean"] for line in lines))
+    axes.set_xlim(right=1.35 * max(line["ms_median"] for line in lines))
     axes.set(xlabel="ms a step", title="Cases: time, and share of the ceiling")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
 

@@ -1,7 +1,7 @@
 """One block of the transformer with its adapters, written out; backward in `backward.py`.
 
 Products go through `joint_linear`, what lies between them through `block_ops`, attention through the model's own
-function.
+function, or a kernel in its place.
 """
 
 from __future__ import annotations
@@ -91,21 +91,22 @@ class FusedBlock:
         q, k = normed_heads(qkv[:2], self.norms[:2], given.rotary, samples)
         return q, k, heads(qkv[2], samples, self.head_size)
 
-    def cross_heads(self, q: Sequence[Tensor], given: Given, samples: int) -> Gradients:
-        """The same of cross-attention; q and k before their norms, where attention does that."""
+    def cross_heads(self, q: Sequence[Tensor], given: Given, samples: int) -> tuple[Gradients, bool]:
+        """The same of cross-attention, and whether q and k come before their norms, which attention makes then."""
         q_heads, k_heads, v_heads = (
             heads(x_NE, samples, self.head_size) for x_NE in (*q, given.context.k_NE, given.context.v_NE)
         )
-        if not norms_heads(self.block.cross_attn.attend, q_heads, k_heads):
-            (q_heads,) = normed_heads(q, self.norms[2:3], None, samples)
-            (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, samples)
-        return q_heads, k_heads, v_heads
+        if norms_heads(self.block.cross_attn.attend, q_heads, k_heads):
+            return (q_heads, k_heads, v_heads), True
+        (q_heads,) = normed_heads(q, self.norms[2:3], None, samples)
+        (k_heads,) = normed_heads([given.context.k_NE], self.norms[3:], None, samples)
+        return (q_heads, k_heads, v_heads), False
 
     def heads_of(self, branch: SelfAttention | CrossAttention, given: Given, samples: int) -> Gradients:
         """Those of a branch whose products are there."""
         if isinstance(branch, SelfAttention):
             return self.self_heads(branch.qkv, given, samples)
-        return self.cross_heads(branch.q, given, samples)
+        return self.cross_heads(branch.q, given, samples)[0]
 
     def _run_self_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> SelfAttention:
         qkv = self.qkv.forward(normed.normed_ND)
@@ -114,12 +115,12 @@ class FusedBlock:
 
     def _run_cross_attention(self, x_BLD: Tensor, normed: Normed, given: Given) -> CrossAttention:
         q = self.q.forward(normed.normed_ND)
-        attend, own = self.block.cross_attn.attend, self.cross_heads(q, given, len(x_BLD))
-        if norms_heads(attend, *own[:2]):
+        own, are_to_be_normed = self.cross_heads(q, given, len(x_BLD))
+        if are_to_be_normed:
             weights = self.norms[2].weight, self.norms[3].weight
             attended = attend_normed_forward(*own, weights, given.zero_rows)
         else:
-            attended = attend_forward(attend, *own, given.zero_rows)
+            attended = attend_forward(self.block.cross_attn.attend, *own, given.zero_rows)
         return CrossAttention(x_BLD, normed, q, attended)
 
     def _run_mlp(self, x_BLD: Tensor, normed: Normed, _given: Given) -> MLP:

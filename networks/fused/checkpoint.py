@@ -32,7 +32,7 @@ class KeepingTape:
 class SelectiveTape:
     """Keeps the block's input and what products and attention gave, 14 of 25 tensors of the residual stream's size.
 
-    Norms, heads and GELU, which are passes over memory, are computed again.
+    Of 26 where attention does not norm heads itself. Norms, heads and GELU, passes over memory, are made again.
     """
 
     def __init__(self, fused: FusedBlock, given: Given) -> None:

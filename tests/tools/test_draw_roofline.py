@@ -10,7 +10,7 @@ from tools.draw_roofline import draw, main, points_of
 LINE = {
     "case": "lora",
     "gpu": "a card",
-    "ms_mean": 20.0,
+    "ms_median": 20.0,
     "floor_ms": 5.0,
     "share_of_ceiling": 0.25,
     "ceiling_tflops": 800.0,
@@ -42,7 +42,7 @@ def test_each_shape_lies_at_its_work_for_a_byte_and_its_speed():
 
 
 def test_bars_are_as_long_as_times():
-    roof, cases, kinds = draw([LINE, {**LINE, "case": "slow", "ms_mean": 40.0}], PROFILE, "lora").axes
+    roof, cases, kinds = draw([LINE, {**LINE, "case": "slow", "ms_median": 40.0}], PROFILE, "lora").axes
     assert [bar.get_width() for bar in cases.patches] == [20.0, 40.0, 5.0, 5.0]
     assert [(bar.get_x(), bar.get_width()) for bar in kinds.patches] == [(0, 10), (10, 4), (14, 4)]
     x, y = roof.lines[0].get_data()

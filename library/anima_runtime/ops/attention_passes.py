@@ -39,7 +39,7 @@ class Attended(NamedTuple):
     """What attention's backward pass needs. parts: how many samples were made of each.
 
     inputs: q, k and v as the pass took them, (B * parts, L, heads, D). output: (B, L, E).
-    made: the kernel's result, of which the output is a view, and what else it leaves; empty where autograd has that.
+    made: the kernel's result, of which the output is a view, and what else it leaves; empty where `pass_back` has that.
     pass_back: from the gradient of the output, in its shape, inputs and made to the gradients of the inputs.
     """
 
@@ -56,7 +56,7 @@ _Made = tuple[tuple[Tensor, ...], Callable[[Tensor, Gradients, tuple[Tensor, ...
 
 def norms_heads(function: AttentionFunction, q: Tensor, k: Tensor) -> bool:
     """Whether `attend_normed_forward` can take such q and k, (B, L | S, heads, D) each."""
-    return function is attend and q.is_cuda and k.shape[1] < q.shape[1] and kernels_of("few_keys").attends(q, k)
+    return function is attend and q.is_cuda and kernels_of("few_keys").attends(q, k)
 
 
 def attend_normed_forward(q: Tensor, k: Tensor, v: Tensor, weights: tuple[Tensor, Tensor], zeros: int) -> Attended:

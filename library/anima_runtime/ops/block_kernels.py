@@ -127,18 +127,18 @@ def copy_all(copies: Sequence[tuple[Tensor, Tensor, float]], plan: CopyPlan | No
     if plan is None or plan.addresses != addresses:
         sources, places, factors = zip(*copies, strict=True)
         device = places[0].device
-        pointers = [torch.tensor(own, device=device) for own in (addresses, [place.data_ptr() for place in places])]
-        sizes = [source.numel() for source in sources]
+        # Widths and sizes of 32 bits, as dividing numbers of 64 takes longer than copying.
         columns = (
-            [source.shape[1] for source in sources],
-            [place.stride(0) for place in places],
-            [place.stride(1) for place in places],
-            sizes,
+            (addresses, torch.int64),
+            ([place.data_ptr() for place in places], torch.int64),
+            ([source.shape[1] for source in sources], torch.int32),
+            ([place.stride(0) for place in places], torch.int64),
+            ([place.stride(1) for place in places], torch.int64),
+            ([source.numel() for source in sources], torch.int32),
+            (factors, torch.float32),
         )
-        # Of 32 bits, as dividing numbers of 64 takes longer than copying.
-        numbers = [torch.tensor(column, dtype=torch.int32, device=device) for column in columns]
-        tables = (*pointers, *numbers, torch.tensor(factors, device=device))
-        plan = CopyPlan(addresses, tables, triton.cdiv(max(sizes), _COPY_SIZE))
+        tables = tuple(torch.tensor(column, dtype=dtype, device=device) for column, dtype in columns)
+        plan = CopyPlan(addresses, tables, triton.cdiv(max(source.numel() for source in sources), _COPY_SIZE))
     _copy_all[(len(copies), plan.programs)](*plan.tables, copies[0][1], SIZE=_COPY_SIZE, num_warps=4)
     return plan
 

@@ -1,15 +1,14 @@
 """Triton kernels of attention to so few keys that all fit one tile, and to further keys of zeros.
 
 q and k come as their products give them: the kernels norm their heads, so that normed ones are never in memory. With
-all of a query's logits at hand the softmax needs no second pass. The backward pass has p, the probabilities, from the
-logarithm of their sum that the forward pass leaves; with dp = dout vᵀ, and q and k normed,
+all of a query's logits at hand the softmax needs no second pass. The backward pass makes p, the probabilities, again by
+the logarithm of the sum of all exp(logit), which the forward pass leaves; with dp = dout vᵀ, and q and k normed,
 
     dlogits = p (dp - Σ p dp),  dq = dlogits k,  dk = dlogitsᵀ q,  dv = pᵀ dout
 
-It computes p and dp with a row for each key, as they are multiplied from registers so, without a way through shared
-memory. Zero keys add their number times exp(0) to the denominator, and nothing else, as their values and so their dp
-are 0. Each program of the backward pass leaves its share of dk and dv, and these are added in a fixed order. Imported
-on CUDA only.
+p and dp have a row for each key there: so laid out, they go from registers into the products with dout and q. Zero
+keys add their number times exp(0) to the denominator, and nothing else, as their values and so their dp are 0. Each
+program of the backward pass leaves its share of dk and dv, and these are added in a fixed order. Imported on CUDA only.
 """
 
 from __future__ import annotations
@@ -94,9 +93,9 @@ def _attend_few_keys_backward(
         rows = first + tl.arange(0, ROWS)
         q_RD = _normed(_tile(q, sample, head, rows, length, q_sample, q_row, SIZE), q_norm, eps, SIZE)
         dout_RD = _tile(dout, sample, head, rows, length, dout_sample, dout_row, SIZE)
-        total = tl.load(lse + tl.program_id(1).to(tl.int64) * length + rows, mask=rows < length, other=0.0)
+        own_lse = tl.load(lse + tl.program_id(1).to(tl.int64) * length + rows, mask=rows < length, other=0.0)
         logits = tl.dot(k_KD, tl.trans(q_RD), input_precision="ieee") * scale
-        p = tl.where(kept, tl.exp2(logits - total[None, :]), 0.0)
+        p = tl.where(kept, tl.exp2(logits - own_lse[None, :]), 0.0)
         dp = tl.dot(v_KD, tl.trans(dout_RD), input_precision="ieee")
         dlogits = (p * (dp - tl.sum(p * dp, 0)[None, :])).to(k_KD.dtype)
         dv = tl.dot(p.to(v_KD.dtype), dout_RD, dv, input_precision="ieee")
@@ -155,7 +154,7 @@ def attend_few_keys(
 def attend_few_keys_backward(
     q_BLHD: Tensor, k_BSHD: Tensor, v_BSHD: Tensor, weights: tuple[Tensor, Tensor], lse: Tensor, dout_BLE: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of normed q, in q's dtype, and of normed k and v, in float32, from what `attend_few_keys` took."""
+    """Gradients of normed q, in q's dtype, and of v and normed k, in float32, from what `attend_few_keys` took."""
     (samples, length, heads, size), keys = q_BLHD.shape, k_BSHD.shape[1]
     grid = _grid(q_BLHD, BACKWARD_LAUNCH["ROWS"])
     dq = torch.empty(q_BLHD.shape, dtype=q_BLHD.dtype, device=q_BLHD.device)

@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A program's columns; rows at a time where programs have a multiprocessor each, with one LoRA's ranks and with more,
-# and where some share one. Measured on an H200 (docs/performance.md), which has 132.
+# A program's columns; rows at a time where programs have a multiprocessor each, with up to 16 ranks in all and with
+# more, and where some share one. Measured on an H200 (docs/performance.md).
 LAUNCH = {"COLUMNS": 64, "num_warps": 4}
-FEWEST_LAUNCH = {"ROWS": 128, "num_stages": 5}
+THIN_LAUNCH = {"ROWS": 128, "num_stages": 5}
 FEW_LAUNCH = {"ROWS": 64, "num_stages": 6}
 MANY_LAUNCH = {"ROWS": 128, "num_stages": 3}
-_FEWEST_RANKS, _FEW = 16, 132
+_THIN_RANKS = 16
+_MULTIPROCESSORS = 132
 # Ranks of all Linears together: of more, a program's rows would not fit the shared memory of RTX cards.
 _MOST_RANKS = 64
 
@@ -74,8 +75,8 @@ def factor_gradients(
     dup = dy_NO.new_empty(out_width, ranks // linears, dtype=torch.float32)
     ddown = dy_NO.new_empty(ranks, in_width, dtype=torch.float32)
     out_tiles, in_tiles = out_width // LAUNCH["COLUMNS"], in_width // LAUNCH["COLUMNS"]
-    own = FEWEST_LAUNCH if ranks <= _FEWEST_RANKS else FEW_LAUNCH
-    launch = LAUNCH | (own if out_tiles + in_tiles <= _FEW else MANY_LAUNCH)
+    own = THIN_LAUNCH if ranks <= _THIN_RANKS else FEW_LAUNCH
+    launch = LAUNCH | (own if out_tiles + in_tiles <= _MULTIPROCESSORS else MANY_LAUNCH)
     _factor_gradients[(out_tiles + in_tiles,)](
         dy_NO, hidden_NR, x_NI, dhidden_NR, dup, ddown, count,
         dy_NO.stride(0), hidden_NR.stride(0), x_NI.stride(0), dhidden_NR.stride(0), out_tiles, in_width,

@@ -43,6 +43,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
+_TABLES = torch.int64, torch.int32  # of copies
 _OPTIONS = ("num_warps", "num_stages")
 ROWS, WIDTH, HEADS, SIZE, KEYS = 4096, 2048, 16, 128, 128
 
@@ -135,6 +136,10 @@ def run_rest() -> None:
     block_kernels.gelu_backward(bf16(ROWS, 4 * WIDTH), bf16(ROWS, 4 * WIDTH), bf16(ROWS, 4 * WIDTH + 16))
     block_kernels.sum_programs(fp32(1, 132, 9 * WIDTH))
     block_kernels.add_zero_keys(bf16(1, ROWS, HEADS, SIZE), fp32(1, HEADS, ROWS), 300)
+    wholes, numbers = ([torch.empty(400, dtype=dtype, device="meta") for _ in range(4)] for dtype in _TABLES)
+    block_kernels._copy_all[(400, 8)](
+        *wholes[:2], numbers[0], *wholes[2:], numbers[1], fp32(400), bf16(16, WIDTH), SIZE=2048, num_warps=4
+    )
     mixing_kernels.merge(bf16(3 * WIDTH, WIDTH), bf16(3, 8, 8), bf16(3, 256, 256), bf16(3 * WIDTH, WIDTH))
     float8 = torch.empty(4 * WIDTH, WIDTH, dtype=torch.float8_e4m3fn, device="meta")
     beside = bf16(4 * WIDTH, 16), bf16(16, WIDTH)

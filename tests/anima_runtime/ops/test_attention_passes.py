@@ -72,9 +72,12 @@ def test_each_kernel_of_a_card_gives_the_same(backend, keys, zeros):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("length", "heads"), [(1024, 4), (1000, 16)])
 @pytest.mark.parametrize(("keys", "zeros"), [(128, 384), (100, 0), (7, 1)])
-def test_this_projects_kernels_norm_heads_and_give_the_same(keys, zeros):
-    q, k, v, dout = drawn_on_the_card(keys)
+def test_this_projects_kernels_norm_heads_and_give_the_same(length, heads, keys, zeros):
+    """q, k and v are columns of wider matrices, as joint products give them."""
+    q, k, v, dout = drawn_on_the_card(keys, length, heads)
+    q, k, v = (F.pad(x.flatten(2), (0, 8))[..., :-8].unflatten(2, (heads, 128)) for x in (q, k, v))
     if not norms_heads(attend, q, k):
         pytest.skip("this card lacks the shared memory")
     weights = tuple(torch.linspace(*ends, 128, device="cuda") for ends in ((0.5, 2.0), (1.5, 0.5)))
@@ -83,12 +86,11 @@ def test_this_projects_kernels_norm_heads_and_give_the_same(keys, zeros):
     assert_near(attend_normed_forward(q, k, v, weights, zeros), dout, *exact)
 
 
-def drawn_on_the_card(keys):
+def drawn_on_the_card(keys, length=1024, heads=4):
     """q, k, v and the gradient of the output."""
     generator = torch.Generator("cuda").manual_seed(0)
-    return (
-        torch.randn(2, rows, 4, 128, generator=generator, device="cuda").bfloat16() for rows in (1024, keys, keys, 1024)
-    )
+    draw = lambda rows: torch.randn(2, rows, heads, 128, generator=generator, device="cuda").bfloat16()  # noqa: E731
+    return draw(length), draw(keys), draw(keys), draw(length)
 
 
 def assert_near(attended, dout, out, gradients):

@@ -9,7 +9,7 @@ def kernels(interpreter, monkeypatch):
     """The module, with several turns for few rows."""
     from library.anima_runtime.ops import low_rank_kernels
 
-    for launch in (low_rank_kernels.FEWEST_LAUNCH, low_rank_kernels.FEW_LAUNCH):
+    for launch in (low_rank_kernels.THIN_LAUNCH, low_rank_kernels.FEW_LAUNCH):
         monkeypatch.setitem(launch, "ROWS", 16)
     return low_rank_kernels
 

@@ -42,7 +42,7 @@ def card(monkeypatch):
         pytest.skip("Triton's interpreter is for machines without a card")
     from library.anima_runtime.ops import few_keys_kernels
 
-    monkeypatch.setattr(few_keys_kernels, "attends", lambda q, k: k.shape[1] <= few_keys_kernels.MOST_KEYS)
+    monkeypatch.setattr(few_keys_kernels, "attends", lambda q, k: k.shape[1] <= 16)
     monkeypatch.setattr(attention_passes, "_kernel", lambda q, k, v: attention_passes._by_cpu_flash)
     return lambda: monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
 
