@@ -444,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show_error(error)
         return 1
     except KeyboardInterrupt:
-        logger.error("stopped at once, without saving")
+        logger.error("stopped at once: what was not saved by then is lost")
         return 130
     return 0
 

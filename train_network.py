@@ -185,7 +185,7 @@ class NetworkTrainer(ModelHooks):
         meter = Meter()
         meter.averages = LossAverages(**self.state.averages)
         self.log_points = log_points = LogPoints(self.records, meter, self.monitor, self.guard, tracker, gather_lists)
-        with closing(tracker), kept_as_is(), stop_requests() as stop, self.saving_before_errors():
+        with stop_requests() as stop, closing(tracker), kept_as_is(), self.saving_before_errors():
             if settings.sampling.sample_at_first and plan.resume is None:
                 self.sample("e000000")
             if plan.resume is None:

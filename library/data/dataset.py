@@ -127,7 +127,7 @@ class TrainingBatches:
                 num_workers=workers,
                 timeout=_LOOK_SECONDS,
                 persistent_workers=persistent_workers,
-                worker_init_fn=_leave_ctrl_c_to_the_main_process,
+                worker_init_fn=_leave_signals_to_the_main_process,
                 generator=torch.Generator(),  # or the loader would draw from the global one
             )
 
@@ -245,9 +245,11 @@ def _loaded_by_processes(loader: DataLoader) -> Iterator[Batch]:
         yield batch
 
 
-def _leave_ctrl_c_to_the_main_process(worker: int) -> None:
-    """Ctrl+C reaches every process of a terminal; the run still needs its loaders to finish the step it saves after."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """A terminal's reach all of its processes; the run still needs its loaders to finish the step it saves after."""
+    for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _PlanSampler(Sampler[_Entry]):

@@ -12,17 +12,19 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def end_with_launcher() -> bool:
-    """On Linux: this process gets SIGTERM when the accelerate launcher that started it ends, however it ends.
+    """On Linux: this process gets SIGUSR1 when the accelerate launcher that started it ends, however it ends.
 
-    So a run saves and stops where a job system ends the launcher. Returns whether that was arranged: a trainer started
-    by a shell is left alone, as it may be meant to outlive that.
+    So a run saves and stops where a job system ends the launcher. It comes once for each of the launcher's threads, and
+    after a Ctrl+C that has ended both, so it is none of the signals of which a second one ends a run at once; see
+    `interrupts`. Returns whether that was arranged: a trainer started by a shell is left alone, as it may be meant to
+    outlive that.
     """
     parent = os.getppid()
     if not sys.platform.startswith("linux") or not _is_accelerate(parent):
         return False
-    arranged = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) == 0
+    arranged = ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGUSR1) == 0
     if os.getppid() != parent:  # it ended before
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
     return arranged
 
 

@@ -19,7 +19,7 @@ def handle(number, frame):
     (folder / "told").write_text(str(number))
     sys.exit(0)
 
-signal.signal(signal.SIGTERM, handle)
+signal.signal(signal.SIGUSR1, handle)
 (folder / "ready").write_text(str(end_with_launcher()))
 time.sleep(60)
 (folder / "forgotten").touch()
@@ -44,7 +44,7 @@ def test_a_signal_to_accelerate_launch_reaches_the_trainer(tmp_path, number):
     try:
         assert wait_for(tmp_path / "ready", 60) == "True"
         launcher.send_signal(number)
-        assert wait_for(tmp_path / "told", 10) == str(int(signal.SIGTERM))
+        assert wait_for(tmp_path / "told", 10) == str(int(signal.SIGUSR1))
     finally:
         launcher.kill()
         launcher.wait()
