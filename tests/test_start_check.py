@@ -118,6 +118,25 @@ def test_looking_at_a_run_touches_no_save(config, tmp_path, looking, monkeypatch
     assert {path.name for path in (tmp_path / "output").iterdir()} == names
 
 
+@pytest.mark.parametrize("looking", [{"dry_run": True}, {}])
+def test_a_run_over_an_earlier_ones_files_is_warned_of_them(config, tmp_path, capsys, monkeypatch, looking):
+    monkeypatch.undo()
+    (tmp_path / "output").mkdir()
+    for name in ("tiny.safetensors", "tiny-step00000021.safetensors"):
+        (tmp_path / "output" / name).touch()
+    assert main(config(max_train_steps=1, **looking)) == 0
+    told = capsys.readouterr().err
+    assert told.count("warning: overwrite_output: 2 files and states of an earlier run named tiny stay") == 1
+    assert "tiny.safetensors is the earlier run's until this one has ended" in told
+
+
+def test_a_resumed_run_is_warned_of_none_of_its_own_files(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    assert main(config(max_train_steps=1, save_state=True)) == 0
+    assert main(config(max_train_steps=2, save_state=True, resume="latest")) == 0
+    assert "overwrite_output" not in capsys.readouterr().err
+
+
 def test_a_file_in_place_of_the_output_folder_is_told_once(config, tmp_path, capsys):
     (tmp_path / "output").touch()
     assert main(config()) == 1

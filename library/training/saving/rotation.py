@@ -41,14 +41,37 @@ def clear_killed_saves(settings: SavingSettings) -> None:
 
 
 def check_nothing_overwritten(settings: SavingSettings) -> None:
-    """SettingError for a new run whose output_name an earlier one has used, unless overwrite_output is set."""
+    """SettingError for a new run whose output_name an earlier one has used, unless overwrite_output is set.
+
+    Then it warns of the earlier run's files, of which only those are replaced that the new run has too.
+    """
     found = [path.name for path in saved_files(settings)]
-    if found and not settings.overwrite_output:
-        latest = "go on with it by --resume latest, " if any(name.endswith("-state") for name in found) else ""
-        raise SettingError(
-            f"output_name: {settings.output_dir} holds files of an earlier run named {settings.output_name} "
-            f"({first_ten(found)}): {latest}give another output_name, or let them be replaced by --overwrite_output"
-        )
+    if not found:
+        return
+    if settings.overwrite_output:
+        logger.warning("%s", _what_stays(settings, found))
+        return
+    latest = "go on with it by --resume latest, " if _has_state(found) else ""
+    raise SettingError(
+        f"output_name: {settings.output_dir} holds files of an earlier run named {settings.output_name} "
+        f"({first_ten(found)}): {latest}give another output_name, or let them be replaced by --overwrite_output"
+    )
+
+
+def _what_stays(settings: SavingSettings, found: list[str]) -> str:
+    text = (
+        f"overwrite_output: {len(found)} files and states of an earlier run named {settings.output_name} stay in "
+        f"{settings.output_dir} until this run writes some of the same names: {first_ten(found)}"
+    )
+    if (final := f"{settings.output_name}.safetensors") in found:
+        text += f"; {final} is the earlier run's until this one has ended"
+    if _has_state(found):
+        text += "; --resume latest means a state of that run until this one has saved its own"
+    return text
+
+
+def _has_state(names: list[str]) -> bool:
+    return any(name.endswith("-state") for name in names)
 
 
 def remove_outdated(settings: SavingSettings, saved: str) -> None:

@@ -80,6 +80,25 @@ def test_a_new_run_does_not_begin_over_an_earlier_ones_files(tmp_path, name):
     check_nothing_overwritten(settings_for(tmp_path, overwrite_output=True))
 
 
+def test_what_of_an_earlier_run_stays_beside_the_new_one_is_told(tmp_path, caplog):
+    steps = [f"a-step{step:08d}.safetensors" for step in range(1, 13)]
+    fill(tmp_path, *steps, "a.safetensors", "a-state", "b.safetensors")
+    settings = settings_for(tmp_path, overwrite_output=True)
+    check_nothing_overwritten(settings)
+    assert caplog.messages == [
+        f"overwrite_output: 14 files and states of an earlier run named a stay in {tmp_path} until this run writes "
+        f"some of the same names: a-state, {', '.join(steps[:9])}, and 4 more; a.safetensors is the earlier run's "
+        "until this one has ended; --resume latest means a state of that run until this one has saved its own"
+    ]
+    for name in ("a.safetensors", "a-state"):
+        (tmp_path / name).rename(tmp_path / f"other {name}")
+    check_nothing_overwritten(settings)
+    assert "is the earlier run's" not in caplog.messages[1] and "--resume latest" not in caplog.messages[1]
+    caplog.clear()
+    check_nothing_overwritten(settings_for(tmp_path / "not there yet", overwrite_output=True))
+    assert not caplog.messages
+
+
 def test_other_files_stop_nothing(tmp_path):
     fill(tmp_path, "b.safetensors", "a-b.safetensors", "a.txt", "a-02.safetensors")
     check_nothing_overwritten(settings_for(tmp_path))
