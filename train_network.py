@@ -65,7 +65,7 @@ from library.training.processes import (
     sum_gradients,
     wait_for_all,
 )
-from library.training.requests import SAVE_AND_STOP, SaveRequests
+from library.training.requests import SAVE, SAVE_AND_STOP, SaveRequests
 from library.training.run import DTYPES, RunState
 from library.training.saving.metadata import RunFacts, adapter_metadata
 from library.training.saving.resuming import first_state
@@ -230,7 +230,7 @@ class NetworkTrainer(ModelHooks):
                     if epoch_ended and is_due(settings.sampling.sample_every_n_epochs, epoch):
                         self.sample(f"e{epoch:06d}")
                     request = requests.take() if requests is not None else None
-                    if request is not None:
+                    if request == SAVE or (request == SAVE_AND_STOP and finished):  # one that stops saves anyway
                         self.save(step_name(saving.output_name, step), with_state=True)
                     stopping = any_wishes(stop.requested or request == SAVE_AND_STOP)
                     if finished or stopping:

@@ -115,7 +115,9 @@ def test_saving_on_demand_and_going_on_with_the_latest_state(config, tmp_path, l
         at_step(patch, 1, (output / "save").touch)
         at_step(patch, 2, (output / "save_stop").touch)
         assert main(config(max_train_steps=3, resume="latest", **QUICK)) == 130
-    assert "no state of tiny in" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "no state of tiny in" in told
+    assert all(told.count(f"saved {output / f'tiny-step0000000{step}-state'}") == 1 for step in (1, 2))
     names = sorted(path.name for path in output.iterdir())
     assert names == [f"tiny-step0000000{step}{end}" for step in (1, 2) for end in ("-state", ".safetensors")]
     assert main(config(max_train_steps=3, resume="latest", **QUICK)) == 0
