@@ -99,11 +99,21 @@ def options_of(group: type) -> tuple[Option, ...]:
 
 
 def split_arguments(setting: str, entries: Sequence[str]) -> dict[str, str]:
-    """('dim=4', 'name=x') -> {'dim': '4', 'name': 'x'}; SettingError for an entry without '='."""
+    """('dim=4', 'name=x') -> {'dim': '4', 'name': 'x'}; SettingError for entries without '='."""
+    problems: list[str] = []
+    arguments = key_values(setting, entries, problems)
+    if problems:
+        raise SettingError("\n".join(problems))
+    return arguments
+
+
+def key_values(setting: str, entries: Sequence[str], problems: list[str]) -> dict[str, str]:
+    """As `split_arguments`; entries without '=' are left out, and added to `problems`."""
     arguments = {}
     for entry in entries:
         name, separator, text = entry.partition("=")
         if not separator or not name.strip():
-            raise SettingError(f"{setting}: {entry!r} is not of the form key=value")
-        arguments[name.strip()] = text.strip()
+            problems.append(f"{setting}: {entry!r} is not of the form key=value")
+        else:
+            arguments[name.strip()] = text.strip()
     return arguments

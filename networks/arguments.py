@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,34 +42,54 @@ NO_ARGUMENTS = NetworkArguments()
 # Names of LyCORIS and of root-style files for arguments above.
 _PREFIXED = {f"lokr_{name}": name for name in ("rank_dropout", "module_dropout", "rank_dropout_scale")}
 _LOKR_ONLY = ("factor", "full_matrix", "decompose_both")
+# Of Kohya's networks, for convolutions.
+_CONVOLUTIONS = ("conv_dim", "conv_alpha")
 
 
 def read_arguments(given: Mapping[str, Any], adapter_type: str | None) -> NetworkArguments:
     """Typed arguments from text or values; adapter_type is "lora", "lokr", "loha", or None where a file decides it.
 
-    Raises SettingError for an unknown name, two spellings of one, a wrong type, or one without effect on the type.
+    Raises SettingError, a line for each, for an unknown name, two spellings of one, a wrong type, or one without effect
+    on the type.
     """
+    problems: list[str] = []
+    arguments = _typed(given, adapter_type, problems)
+    problems += _problems_of(arguments, adapter_type)
+    if problems:
+        raise SettingError("\n".join(f"network_args: {problem}" for problem in problems))
+    return arguments
+
+
+def _typed(given: Mapping[str, Any], adapter_type: str | None, problems: list[str]) -> NetworkArguments:
+    """The arguments that can be read; what is wrong with the others is added to `problems`."""
     options = {spelling: each for each in options_of(NetworkArguments) for spelling in (each.name, *each.aliases)}
     options |= {spelling: options[name] for spelling, name in _PREFIXED.items()}
     values: dict[str, Any] = {}
     for name, value in given.items():
         known = options.get(name)
         if known is None:
-            hint = did_you_mean(name, options) or f"; it takes {', '.join(options)}"
-            raise SettingError(f"network_args: networks.{adapter_type}_anima has no argument {name!r}{hint}")
-        if known.name in values:
-            raise SettingError(f"network_args: {known.name} is given twice, once as {name}")
-        values[known.name] = _converted(known, value)
-    arguments = NetworkArguments(**values)
-    _check(arguments, adapter_type, values)
-    return arguments
+            problems.append(_unknown(name, adapter_type, options))
+        elif known.name in _LOKR_ONLY and adapter_type not in ("lokr", None):
+            problems.append(f"{name} belongs to networks.lokr_anima, not {adapter_type}: remove it")
+        elif known.name in values:
+            problems.append(f"{known.name} is given twice, once as {name}: keep one")
+        else:
+            try:
+                values[known.name] = convert(known, _items(value) if takes_several(known) else value)
+            except ValueError as error:
+                problems.append(f"{name} = {value!r}: {error}")
+    return NetworkArguments(**values)
 
 
-def _converted(known: Option, value: Any) -> Any:
-    try:
-        return convert(known, _items(value) if takes_several(known) else value)
-    except ValueError as error:
-        raise SettingError(f"network_args: {known.name} = {value!r}: {error}") from error
+def _unknown(name: str, adapter_type: str | None, options: Mapping[str, Option]) -> str:
+    """What is said of a name that no type has: the nearest that this type takes, or all of them."""
+    if name in _CONVOLUTIONS:
+        return f"{name}: the model has no convolutions that adapters change; remove it"
+    foreign = {"lora": (*_LOKR_ONLY, "rank_dropout_scale"), "loha": _LOKR_ONLY}.get(adapter_type, ())
+    taken = {spelling: option.name for spelling, option in options.items() if option.name not in foreign}
+    owner = "this project's networks have" if adapter_type is None else f"networks.{adapter_type}_anima has"
+    hint = did_you_mean(name, taken) or f"; it takes {', '.join(dict.fromkeys(taken.values()))}"
+    return f"{owner} no argument {name!r}{hint}"
 
 
 def _items(value: Any) -> list[str]:
@@ -81,23 +101,21 @@ def _items(value: Any) -> list[str]:
         try:
             return [str(item) for item in ast.literal_eval(text)]
         except (ValueError, SyntaxError) as error:
-            raise SettingError(f"network_args: {text!r} is not a list of strings") from error
+            raise ValueError("it is not a list of strings, such as ['q_proj', 'mlp.layer1']") from error
     return [item.strip() for item in text.split(",") if item.strip()]
 
 
-def _check(arguments: NetworkArguments, adapter_type: str, given: Mapping[str, Any]) -> None:
+def _problems_of(arguments: NetworkArguments, adapter_type: str | None) -> Iterator[str]:
+    """Values out of range, and those that the type does not know."""
     for name in ("rank_dropout", "module_dropout"):
         if not 0 <= getattr(arguments, name) < 1:
-            raise SettingError(f"network_args: {name} = {getattr(arguments, name)} is not a chance from 0 to below 1")
-    foreign = [name for name in _LOKR_ONLY if name in given and adapter_type not in ("lokr", None)]
-    if foreign:
-        raise SettingError(f"network_args: {', '.join(foreign)} belongs to networks.lokr_anima, not {adapter_type}")
+            yield f"{name} = {getattr(arguments, name)} is not a chance from 0 to below 1"
     if arguments.rank_dropout_scale and adapter_type == "lora":
-        raise SettingError("network_args: rank_dropout_scale belongs to LoKr and LoHa; LoRA always scales up")
+        yield "rank_dropout_scale belongs to LoKr and LoHa; LoRA always scales up"
     if arguments.factor == 0 or arguments.factor < -1:
-        raise SettingError(f"network_args: factor = {arguments.factor}; give 1 or more, or -1 for the most balanced")
+        yield f"factor = {arguments.factor}; give 1 or more, or -1 for the most balanced"
     if arguments.loraplus_lr_ratio is not None and arguments.loraplus_lr_ratio <= 0:
-        raise SettingError(f"network_args: loraplus_lr_ratio = {arguments.loraplus_lr_ratio}; give a number above 0")
+        yield f"loraplus_lr_ratio = {arguments.loraplus_lr_ratio}; give a number above 0"
 
 
 def described(arguments: NetworkArguments) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from library.errors import ModelFileError, SettingError, first_ten
-from library.options import split_arguments
+from library.options import key_values
 from networks.adapter_files import fit_adapter_tensors, load_adapter_file
 from networks.adapter_types import Adapters, AdapterType, infer_types
+from networks.arguments import read_arguments
 from networks.comfyui_reader import check_comfyui_reads
 from networks.creation import WHOLE_MATRIX_RANK, create_network_from_weights, weight_shapes
 from networks.key_formats import write_keys
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 Network = AdapterNetwork | OutsideNetwork
 
-_OWN_MODULES = ("networks.lora_anima", "networks.lokr_anima", "networks.loha_anima")
+# This project's own, with the adapters they make.
+_OWN_MODULES = {"networks.lora_anima": "lora", "networks.lokr_anima": "lokr", "networks.loha_anima": "loha"}
 # Settings that are also arguments of this project's own network modules.
 _SETTINGS_AS_ARGUMENTS = ("train_norm", "train_llm_adapter", "llm_adapter_lr")
 # What the trainer itself passes to create_network.
@@ -51,13 +53,15 @@ def import_network_module(name: str) -> ModuleType:
 def network_arguments(settings: NetworkSettings, given: Collection[str]) -> dict[str, str]:
     """network_args as a dictionary, with the settings that stand beside them.
 
-    given: names of the settings that were set explicitly. SettingError: such a one and network_args contradict, or the
-    network module is another package's and has no such setting.
+    given: names of the settings that were set explicitly. SettingError, with all that is wrong: an argument that is
+    none, or contradicts such a setting; or the network module is another package's and has no such setting.
     """
-    arguments = split_arguments("network_args", settings.network_args)
+    problems: list[str] = []
+    arguments = key_values("network_args", settings.network_args, problems)
     if twice := sorted(_PASSED & arguments.keys()):
-        raise SettingError(f"network_args: {', '.join(twice)} cannot stand here; dim, alpha, dropout are settings")
+        problems.append(f"network_args: {', '.join(twice)} cannot stand here; dim, alpha, dropout are settings")
     if settings.network_module not in _OWN_MODULES:
+        _raise(problems)
         if unknown := sorted(set(_SETTINGS_AS_ARGUMENTS) & set(given)):
             raise SettingError(
                 f"{', '.join(unknown)}: for this project's network modules only; put what {settings.network_module} "
@@ -65,13 +69,24 @@ def network_arguments(settings: NetworkSettings, given: Collection[str]) -> dict
             )
         check_outside_settings(settings, arguments)
         return arguments
+    try:
+        adapter_type = None if settings.dim_from_weights else _OWN_MODULES[settings.network_module]
+        read_arguments({name: text for name, text in arguments.items() if name not in _PASSED}, adapter_type)
+    except SettingError as error:
+        problems.append(str(error))
     for name in _SETTINGS_AS_ARGUMENTS:
         value = getattr(settings, name)
         if name in arguments and name in given and arguments[name].lower() != str(value).lower():
-            raise SettingError(f"{name} is {value}, but network_args says {name}={arguments[name]}: keep one of them")
+            problems.append(f"{name} is {value}, but network_args says {name}={arguments[name]}: keep one of them")
         if name not in arguments and value is not None:
             arguments[name] = str(value)
+    _raise(problems)
     return arguments
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise SettingError("\n".join(problems))
 
 
 def create_network(

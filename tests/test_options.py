@@ -6,11 +6,17 @@ import pickle
 
 import pytest
 
+from library.errors import SettingError
 from library.options import Secret, split_arguments
 
 
 def test_values_keep_further_equal_signs():
     assert split_arguments("network_args", ["pattern=a=b", " x = 1 "]) == {"pattern": "a=b", "x": "1"}
+
+
+def test_every_entry_of_another_form_is_told():
+    with pytest.raises(SettingError, match=r"(?s)x: 'a' is not .* key=value\nx: '=b' is not"):
+        split_arguments("x", ["a", "c=1", "=b"])
 
 
 def test_a_secret_is_shown_by_nothing_but_reveal():

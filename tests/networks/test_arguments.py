@@ -3,7 +3,10 @@
 import pytest
 
 from library.errors import SettingError
-from networks.arguments import by_pattern, read_arguments
+from library.options import options_of
+from networks.arguments import NetworkArguments, by_pattern, read_arguments
+
+LOKR_ONLY = {"factor", "full_matrix", "decompose_both"}
 
 
 def test_text_becomes_typed_values():
@@ -43,12 +46,40 @@ def test_other_spellings(spelling, name, adapter_type):
         ({"rank_dropout_scale": "true"}, "lora", "rank_dropout_scale belongs to LoKr and LoHa"),
         ({"loraplus_lr_ratio": "0"}, "lora", "loraplus_lr_ratio = 0.0"),
         ({"exclude_patterns": "['a'"}, "lora", "is not a list of strings"),
+        ({"conv_dim": "4"}, "lora", "conv_dim: the model has no convolutions that adapters change; remove it"),
+        ({"conv_alpha": "4"}, "lokr", "conv_alpha: the model has no convolutions that adapters change; remove it"),
+        ({"xyz": "4"}, None, "this project's networks have no argument 'xyz'; it takes target_modules"),
     ],
 )
 def test_mistakes_are_named(given, adapter_type, message):
     with pytest.raises(SettingError) as error:
         read_arguments(given, adapter_type)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter_type", "foreign"),
+    [("lora", {*LOKR_ONLY, "rank_dropout_scale"}), ("loha", LOKR_ONLY), ("lokr", set())],
+)
+def test_only_what_the_type_takes_is_named(adapter_type, foreign):
+    with pytest.raises(SettingError) as error:
+        read_arguments({"xyz": "1"}, adapter_type)
+    listed = set(str(error.value).partition("it takes ")[2].split(", "))
+    assert listed == {each.name for each in options_of(NetworkArguments)} - foreign
+    with pytest.raises(SettingError) as error:
+        read_arguments({"facto": "1"}, adapter_type)
+    assert ("did you mean factor" in str(error.value)) == (adapter_type == "lokr")
+
+
+def test_all_mistakes_are_told_at_once():
+    given = {"conv_dim": "4", "factor": "8", "lokr_full_matrix": "true", "modul": "1", "rank_dropout": "2",
+             "dora": "perhaps"}  # fmt: skip
+    with pytest.raises(SettingError) as error:
+        read_arguments(given, "lora")
+    lines = str(error.value).splitlines()
+    assert len(lines) == len(given)
+    for name in given:
+        assert sum(line.startswith("network_args: ") and name in line.partition(";")[0] for line in lines) == 1
 
 
 def test_values_by_pattern():

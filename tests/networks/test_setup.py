@@ -62,6 +62,19 @@ def test_what_has_a_setting_of_its_own_cannot_stand_in_network_args():
         network_arguments(NetworkSettings(network_args=("network_dim=4",)), ())
 
 
+def test_all_wrong_arguments_are_told_at_once():
+    settings = NetworkSettings(
+        network_args=("conv_dim=4", "factor=8", "train_norm", "unet=1", "train_llm_adapter=false")
+    )
+    with pytest.raises(SettingError) as error:
+        network_arguments(settings, {"train_llm_adapter"})
+    assert [line.partition(":")[0] for line in str(error.value).splitlines()] == [
+        *4 * ["network_args"], "train_llm_adapter is True, but network_args says train_llm_adapter=false",
+    ]  # fmt: skip
+    for part in ("conv_dim", "factor", "'train_norm' is not of the form key=value", "unet cannot stand here"):
+        assert part in str(error.value)
+
+
 def test_network_modules_are_checked():
     with pytest.raises(SettingError, match=r"network_module: 'networks\.lora_anmia' cannot be imported"):
         import_network_module("networks.lora_anmia")

@@ -52,7 +52,7 @@ def read_prompts(path: Path, sampler: str = "euler") -> list[PromptRequest]:
     Text: a prompt a line with flags after it; `#` lines and blank lines are skipped. TOML: [[prompt.subset]] tables,
     and [prompt] with what they share. JSON: a list of such tables or of lines. guidance, of
     distilled models, has no effect and is told once.
-    Raises SettingError naming the file, the prompt and the value that cannot be used.
+    Raises SettingError naming the file, the prompt and each value that cannot be used.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -66,7 +66,13 @@ def read_prompts(path: Path, sampler: str = "euler") -> list[PromptRequest]:
         wanted = [(where, line) for where, line in lines if line and not line.startswith("#")]
     if not wanted:
         raise SettingError(f"sample_prompts = {path}: holds no prompt.")
-    found = [{**common, **(_of_line if isinstance(each, str) else _of_table)(each, where)} for where, each in wanted]
+    problems: list[str] = []
+    found = [
+        {**common, **(_of_line if isinstance(each, str) else _of_table)(each, where, problems)}
+        for where, each in wanted
+    ]
+    if problems:
+        raise SettingError("\n".join(problems))
     if any(_IGNORED in values for values in found):
         logger.warning("%s: --g is for guidance-distilled models and has no effect on Anima; use --l for CFG.", path)
     return [PromptRequest(**{name: value for name, value in values.items() if name != _IGNORED}) for values in found]
@@ -90,34 +96,37 @@ def _tables(path: Path, text: str) -> list[Any]:
     return content
 
 
-def _of_line(line: str, where: str) -> dict[str, Any]:
+def _of_line(line: str, where: str, problems: list[str]) -> dict[str, Any]:
+    """What can be read of a line; what cannot is added to `problems`."""
     prompt, *flags = re.split(r"(?:^|\s+)--(?=\S)", line)
     values: dict[str, Any] = {"prompt": prompt.strip()}
     for text in flags:
         flag, _, value = text.partition(" ")
         if flag not in _FLAGS:
-            raise SettingError(f"{where}: unknown flag --{flag}; known: {', '.join('--' + name for name in _FLAGS)}.")
+            problems.append(f"{where}: unknown flag --{flag}; known: {', '.join('--' + name for name in _FLAGS)}.")
+            continue
         field, _, parse = _FLAGS[flag]
-        values[field] = _parsed(parse, value.strip(), f"{where}: --{flag} {value}")
+        try:
+            values[field] = parse(value.strip())
+        except ValueError as error:
+            problems.append(f"{where}: --{flag} {value}: {error}.")
     return values
 
 
-def _of_table(table: dict[str, Any], where: str) -> dict[str, Any]:
+def _of_table(table: dict[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    """What can be read of a table; what cannot is added to `problems`."""
     keys = {key: (field, parse) for field, key, parse in _FLAGS.values()} | {"prompt": ("prompt", str)}
     values: dict[str, Any] = {"prompt": ""}
     for key, value in table.items():
         if key not in keys:
-            raise SettingError(f"{where}: unknown key {key}{did_you_mean(key, keys)}; known: {', '.join(keys)}.")
+            problems.append(f"{where}: unknown key {key}{did_you_mean(key, keys)}; known: {', '.join(keys)}.")
+            continue
         field, parse = keys[key]
-        values[field] = _parsed(parse, str(value).strip(), f"{where}: {key} = {value}")
+        try:
+            values[field] = parse(str(value).strip())
+        except ValueError as error:
+            problems.append(f"{where}: {key} = {value}: {error}.")
     return values
-
-
-def _parsed(parse: Callable[[str], Any], text: str, where: str) -> Any:
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise SettingError(f"{where}: {error}.") from error
 
 
 def _side(text: str) -> int:

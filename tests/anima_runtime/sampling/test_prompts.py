@@ -60,6 +60,20 @@ def test_bad_flags_are_named_with_their_line(tmp_path, flags, complaint):
     assert str(caught.value).startswith(f"{tmp_path / 'prompts.txt'}, line 3: {complaint}")
 
 
+def test_all_mistakes_of_all_prompts_are_told_at_once(tmp_path):
+    with pytest.raises(SettingError) as caught:
+        parse(tmp_path, "cat --w 250 --h 256 --s x --q 5\ndog --l 0\n")
+    told = [line.removeprefix(f"{tmp_path / 'prompts.txt'}, line ") for line in str(caught.value).splitlines()]
+    assert [line.partition(" --")[2].partition(" ")[0] for line in told if line.startswith("1: unknown")] == ["q;"]
+    assert [line.rpartition(":")[0] for line in told if "unknown" not in line] == [
+        "1: --w 250", "1: --s x", "2: --l 0",
+    ]  # fmt: skip
+    with pytest.raises(SettingError) as caught:
+        parse(tmp_path, '[prompt]\nprompt = "cat"\nwidth = 250\nstep = 4\nseed = "x"\n', "prompts.toml")
+    for part in ("width = 250", "unknown key step; did you mean", "seed = x"):
+        assert part in str(caught.value)
+
+
 def test_guidance_is_told_once_to_have_no_effect(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         requests = parse(tmp_path, "cat --g 3.5 --d 1\ndog --g 2\nbird\n")
