@@ -43,13 +43,22 @@ MISTAKES = [
         "anima_transformer = 'b'",
         [":6: anima_transformer = 'b': contradicts pretrained_model_name_or"],
     ),
-    (KOHYA, "network_module = 'networks.none'", ["network_module: 'networks.none' cannot be imported"]),
-    (KOHYA, "network_args = ['ran=4']", ["network_args: networks.lora_anima has no argument 'ran'"]),
-    (KOHYA, "network_args = ['network_dim=4']", ["network_args: network_dim cannot stand here"]),
-    (KOHYA, "network_args = ['train_norm=false']\ntrain_norm = true", ["train_norm is True, but network_args says"]),
+    (KOHYA, "network_module = 'networks.none'", [":6: network_module: 'networks.none' cannot be imported"]),
+    (KOHYA, "network_args = ['ran=4']", [":6: network_args: networks.lora_anima has no argument 'ran'"]),
+    (KOHYA, "network_args = ['network_dim=4']", [":6: network_args: network_dim cannot stand here"]),
+    (
+        KOHYA,
+        "network_args = ['train_norm=false']\ntrain_norm = true",
+        [":7: train_norm is True, but network_args says"],
+    ),
     (KOHYA, "adapter_format = ['diffusers']", ["diffusers", "train_norm"]),
     (KOHYA, "optimizer_type = 'AdamX'", [":6: optimizer_type: 'AdamX'", "AdamW"]),
     (KOHYA, "optimizer_args = ['momentun=0.9']", [":6: optimizer_args: AdamW takes no 'momentun'"]),
+    (
+        KOHYA,
+        "network_args = ['factor=8', 'train_norm']",
+        [":6: network_args: factor belo", ":6: network_args: 'train_n"],
+    ),
     (KOHYA, "resume = 'none-state'", [":6: resume: there is no folder none-state"]),
     (KOHYA, "[[datasets]]\nresolution = 512", [":6: ", "[[datasets.subsets]]"]),
     (KOHYA, "sample_every_n_steps = 5", [":6: sample_every_n_steps needs sample_prompts"]),
@@ -77,7 +86,7 @@ MISTAKES = [
     (
         ROOT_STYLE,
         "[lora]\nlora_targets = ['q_prj']",
-        ["network_args: target_modules: 'q_prj' matches nothing in the model"],
+        [":9: lora.lora_targets: target_modules: 'q_prj' matches nothing in the model"],
     ),
     (ROOT_STYLE.replace('t5_tokenizer_dir = "{model}/t5"\n', ""), "", ["t5_tokenizer_dir is not set"]),
     (ROOT_STYLE.replace("{model}/train", "nowhere"), "", [":7: dataset.data_dir", "nowhere does not exist"]),
@@ -119,6 +128,7 @@ def test_a_mistake_is_named_and_ends_with_1(run, text, line, parts):
         (["--learning_rat", "1"], "command line: unknown option --learning_rat; did you mean --learning_rate"),
         (["--cache_latents", "true"], "'true' follows no option; a switch takes no value"),
         (["--seed", "x"], "command line: --seed = 'x': expected a whole number"),
+        (["--lr_warmup_steps", "500", "--max_train_steps", "5"], "command line: --lr_warmup_steps: 500 steps of"),
     ],
 )
 def test_mistakes_on_the_command_line(run, words, part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -55,7 +56,7 @@ def test_mistakes_of_network_files_and_length_are_told_together(config, tiny_ani
     assert main(words) == 1
     error = capsys.readouterr().err.partition("error: ")[2].strip()
     assert "'query' matches nothing" in error.splitlines()[0]
-    assert error.splitlines()[1] == (
+    assert re.sub(r"^.*/config\.toml:\d+: ", "", error.splitlines()[1]) == (
         "initial_step: the run would start at step 2, and ends at step 2: lower it, or raise max_train_steps or "
         "max_train_epochs, which count from the very beginning"
     )

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 
 from library.data.settings import DatasetSettings
 from library.errors import SettingError
-
-logger = logging.getLogger(__name__)
 
 # The VAE halves a side three times and the transformer joins 2x2 latents, so sides are whole multiples of 16 pixels.
 SIDE_UNIT = 16
@@ -22,7 +19,7 @@ def bucket_sizes(dataset: DatasetSettings) -> tuple[tuple[int, int], ...]:
     SettingError: the bucket settings contradict each other.
     """
     if not dataset.enable_bucket:
-        return (_fixed_size(dataset.resolution),)
+        return (fixed_size(dataset.resolution),)
     _check_limits(dataset)
     steps, budget = dataset.bucket_reso_steps, math.prod(dataset.resolution)
     longest = _round_down(dataset.max_bucket_reso, steps)
@@ -83,12 +80,9 @@ def _own_side(side: int, steps: int) -> int:
     return _round_down(side, steps) or _round_down(side, SIDE_UNIT) or SIDE_UNIT
 
 
-def _fixed_size(resolution: tuple[int, int]) -> tuple[int, int]:
+def fixed_size(resolution: tuple[int, int]) -> tuple[int, int]:
+    """The size whose sides are multiples of 16; the settings' warnings tell where it is another."""
     width, height = (_round_down(side, SIDE_UNIT) for side in resolution)
-    if (width, height) != resolution:
-        logger.warning(
-            "resolution %dx%d is trained at %dx%d: sides must be multiples of %d", *resolution, width, height, SIDE_UNIT
-        )
     return width, height
 
 

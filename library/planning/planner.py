@@ -18,6 +18,8 @@ from library.data.validation import as_measured
 from library.errors import Problems
 from library.planning.plan import RunPlan, compared_by
 from library.settings import Settings
+from library.settings.file_rules import picture_folders
+from library.settings.origins import placed
 from library.settings.sections import settings_sections
 from library.training.machine import check_device, check_disk, warn_of_cache_space
 from library.training.optimization.ema import check_ema
@@ -63,7 +65,8 @@ class Planner:
         planned = plan_network(settings.network, settings.given, self.plan_models, settings.data.caches_text, problems)
         network = planned.network
         rates = self._rates(network, problems)
-        pictures, validation = plan_pictures(settings.data, settings.datasets, run.seed, self.is_main, problems)
+        datasets = () if any(picture_folders(settings)) else settings.datasets  # which is among the known problems
+        pictures, validation = plan_pictures(settings.data, datasets, run.seed, self.is_main, problems)
         epoch_steps, files = 0, NO_FILES
         if pictures:
             epoch_steps = self._epoch_steps(pictures, resume is not None, problems)
@@ -75,6 +78,7 @@ class Planner:
             files = self._files(network, total_steps, epoch_steps)
             there = 0 if resume is None else sum(map(size_of, saved_files(saving)))
             problems.attempt(check_disk, saving.output_dir, files.total_bytes - there)
+        problems.found = [placed(settings, problem) for problem in problems.found]
         problems.raise_found()
         # An argument that was not given has a value too, which a resumed run must have as well.
         own = isinstance(network, AdapterNetwork)

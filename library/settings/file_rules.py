@@ -56,6 +56,17 @@ def files_to_start_from(settings: Settings) -> Iterator[str]:
         yield f"{origin(settings, 'resume')}: {resume} is not a state folder (…-state): it has no run_state.json"
 
 
+def picture_folders(settings: Settings) -> Iterator[str]:
+    """Folders of pictures and of masks are there."""
+    for i, dataset in enumerate(settings.datasets):
+        for j, subset in enumerate(dataset.subsets):
+            names = {"train_data_dir" if settings.data.train_data_dir is not None else "image_dir": subset.image_dir}
+            names |= {"conditioning_data_dir": subset.conditioning_data_dir}
+            for name, folder in names.items():
+                if folder is not None and not folder.is_dir():
+                    yield f"{origin(settings, name, f'datasets[{i}].subsets[{j}].')}: there is no folder {folder}"
+
+
 def samples(settings: Settings) -> Iterator[str]:
     """Sampling has prompts."""
     sampling = settings.sampling

@@ -9,7 +9,7 @@ import torch
 
 from library.errors import SettingError
 from library.settings.groups import Settings
-from library.settings.origins import origin
+from library.settings.origins import origin, placed
 from library.training.optimization.optimizers import check_optimizer, finds_own_rate, is_schedule_free, sets_own_rate
 from library.training.optimization.schedule_checks import check_schedule
 
@@ -32,7 +32,7 @@ def optimizer_problems(settings: Settings) -> Iterator[str]:
     try:
         optimizer = check_optimizer(settings.optimizer)
     except SettingError as error:
-        yield _told(settings, error)
+        yield placed(settings, str(error))
         return
     if is_schedule_free(optimizer) and settings.network.scale_weight_norms is not None:
         yield (
@@ -49,12 +49,7 @@ def optimizer_problems(settings: Settings) -> Iterator[str]:
     try:
         check_schedule(settings.schedule, optimizer, name)
     except SettingError as error:
-        yield _told(settings, error)
-
-
-def _told(settings: Settings, error: SettingError) -> str:
-    name, _, problem = str(error).partition(": ")
-    return f"{origin(settings, name)}: {problem}"
+        yield placed(settings, str(error))
 
 
 def warn_of_rates(settings: Settings) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from library.settings.entries import Given
 from library.settings.groups import Settings
 
@@ -16,3 +18,11 @@ def origin(settings: Settings, name: str, prefix: str = "") -> str:
     """The setting as its author wrote it, with its source; its name where nobody gave it."""
     found = given_at(settings, name, prefix)
     return name if found is None else f"{found.source}: {found.label}"
+
+
+def placed(settings: Settings, message: str) -> str:
+    """A component's message, with the source of each setting whose name a line of it begins with, where it was given.
+
+    Components know names alone.
+    """
+    return re.sub(r"^\w+(?=[: ])", lambda name: origin(settings, name[0]), message, flags=re.MULTILINE)

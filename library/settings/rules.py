@@ -8,7 +8,13 @@ from typing import Any
 from library.data.buckets import SIDE_UNIT
 from library.data.settings import DatasetSettings
 from library.settings.data_rules import data_problems
-from library.settings.file_rules import files_to_start_from, model_files, output_folders, samples
+from library.settings.file_rules import (
+    files_to_start_from,
+    model_files,
+    output_folders,
+    picture_folders,
+    samples,
+)
 from library.settings.groups import Settings, settings_as_flat_dict
 from library.settings.objective_rules import objective_problems
 from library.settings.optimizer_rules import optimizer_problems
@@ -105,7 +111,7 @@ def problems_of(settings: Settings) -> list[str]:
     """Every problem of the settings as a whole."""
     rules = (
         model_files, attention, memory, precision, numbers_in_range, objective, data, buckets, optimizer_problems,
-        files_to_start_from, samples, output_folders,
+        files_to_start_from, picture_folders, samples, output_folders,
     )  # fmt: skip
     problems: list[str] = []
     for rule in rules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from library.data.buckets import SIDE_UNIT, fixed_size
 from library.settings.data_rules import data_without_effect
 from library.settings.groups import Settings, top_level_options
 from library.settings.guard_rules import guard_without_effect
@@ -24,6 +25,7 @@ def warn_of_surprises(settings: Settings) -> None:
     warn_of_rates(settings)
     _warn_of_long_context(settings)
     _warn_of_full_precision(settings)
+    _warn_of_other_sizes(settings)
 
 
 def _warn_of_long_context(settings: Settings) -> None:
@@ -41,6 +43,17 @@ def _warn_of_full_precision(settings: Settings) -> None:
                 "%s: the model runs in %s; adapter weights and optimizer state stay fp32, as small updates would be "
                 "lost", origin(settings, name), settings.run.precision,
             )  # fmt: skip
+
+
+def _warn_of_other_sizes(settings: Settings) -> None:
+    """Without buckets a size is trained as it is, as far as its sides fit the model."""
+    for i, dataset in enumerate(settings.datasets):
+        name = origin(settings, "resolutions" if dataset.resolutions else "resolution", f"datasets[{i}].")
+        for size in () if dataset.enable_bucket else dataset.sizes:
+            if (trained := fixed_size(size)) != size:
+                logger.warning(
+                    "%s: %dx%d is trained at %dx%d: sides must be multiples of %d", name, *size, *trained, SIDE_UNIT
+                )
 
 
 def _warn_of_no_effect(settings: Settings) -> None:

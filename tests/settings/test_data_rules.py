@@ -122,6 +122,7 @@ def test_several_resolutions(model_flags, resolutions):
     ],
 )  # fmt: skip
 def test_what_does_not_go_together(model_flags, text, subset, words, message):
+    Path("m").mkdir()
     (line,) = lines_of([*model_flags, *dataset_file(text, subset), *words])
     assert message in line
 
@@ -159,6 +160,8 @@ def test_a_subset_may_turn_off_what_it_inherits(model_flags):
 def test_the_example_of_the_page_is_read(model_flags):
     page = Path(__file__).parents[2] / "docs" / "datasets.md"
     Path("d.toml").write_text(page.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0])
+    for folder in ("cat", "other cats"):
+        Path("pictures", folder).mkdir(parents=True)
     first, second = read_settings([*model_flags, "--dataset_config", "d.toml"]).datasets
     assert (first.sizes, second.sizes) == (((768, 768), (1024, 1024)), ((832, 1216),))
     assert [subset.is_reg for subset in first.subsets] == [False, True]

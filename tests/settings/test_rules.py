@@ -136,3 +136,29 @@ def test_options_with_effect_are_not_warned_of(needed_flags, caplog, words):
 def test_more_context_rows_than_inference_has_are_warned_of(needed_flags, caplog):
     read_settings([*needed_flags, "--anima_seq_len", "640"])
     assert "short captions get 640 context rows, where inference gives them 512" in caplog.text
+
+
+def test_missing_folders_are_told_with_wrong_numbers(workplace, model_flags):
+    (workplace / "sets.toml").write_text(
+        '[[datasets]]\nresolution = 50\n[[datasets.subsets]]\nimage_dir = "gone"\n'
+        '[[datasets.subsets]]\nimage_dir = "more"\nconditioning_data_dir = "masks"\n'
+    )
+    said = error_of([*model_flags, "--dataset_config", "sets.toml", "--enable_bucket"])
+    for part in (
+        "sets.toml:2: datasets.resolution: 50x50 goes beyond",
+        "sets.toml:4: datasets.subsets.image_dir: there is no folder gone",
+        "sets.toml:7: datasets.subsets.conditioning_data_dir: there is no folder masks",
+    ):
+        assert said.count(part) == 1
+
+
+def test_sizes_that_are_trained_as_others_are_warned_of_with_their_place(workplace, model_flags, caplog):
+    (workplace / "sets.toml").write_text(
+        '[[datasets]]\nresolution = "250,256"\n[[datasets.subsets]]\nimage_dir = "more"\n'
+        '[[datasets]]\nresolutions = [64, 100]\n[[datasets.subsets]]\nimage_dir = "more"\n'
+    )
+    read_settings([*model_flags, "--dataset_config", "sets.toml", "--no-enable_bucket"])
+    assert [record.getMessage() for record in caplog.records if "is trained at" in record.getMessage()] == [
+        "sets.toml:2: datasets.resolution: 250x256 is trained at 240x256: sides must be multiples of 16",
+        "sets.toml:6: datasets.resolutions: 100x100 is trained at 96x96: sides must be multiples of 16",
+    ]
