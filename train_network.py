@@ -28,12 +28,14 @@ from library.data.pictures import Picture
 from library.data.summary import describe_data
 from library.data.team import Team
 from library.data.validation import as_measured, counterparts, measured_batches
+from library.errors import Problems
 from library.garbage import kept_as_is
 from library.model_hashes import start_hashing
 from library.planning.plan import RunPlan, describe_plan
 from library.planning.planner import Planner
 from library.randomness import derive_seed
 from library.settings import Settings, shareable_settings
+from library.settings.origins import placed
 from library.training.captured import CapturedBackward
 from library.training.choices import Choice, choose_compiling, choose_fusing, choose_graphs, recorded, told
 from library.training.host_copy import reserve_host_memory
@@ -69,7 +71,7 @@ from library.training.requests import SAVE, SAVE_AND_STOP, SaveRequests
 from library.training.run import DTYPES, RunState
 from library.training.saving.metadata import RunFacts, adapter_metadata
 from library.training.saving.resuming import first_state
-from library.training.saving.rotation import clear_killed_saves
+from library.training.saving.rotation import check_nothing_overwritten, clear_killed_saves
 from library.training.saving.saver import Saver
 from library.training.saving.saves import SAVED_COPIES, Save, copy_adapters, write_save
 from library.training.saving.settings import epoch_name, is_due, save_epochs, step_name
@@ -146,7 +148,7 @@ class NetworkTrainer(ModelHooks):
         plan = self.plan_run()
         epoch_steps, total_steps = plan.epoch_steps, plan.total_steps
         if run.dry_run:
-            logger.info("dry run: nothing is wrong\n%s", self.described(plan))
+            self.tell_dry_run(plan)
             return
         if self.shows_only(plan):
             return
@@ -277,7 +279,17 @@ class NetworkTrainer(ModelHooks):
     def described(self, plan: RunPlan) -> str:
         """What the run would be."""
         settings, processes = self.settings, self.accelerator.num_processes
-        return describe_plan(plan, settings.saving.output_dir, settings.data, self.device, self.dtype, processes)
+        return describe_plan(plan, settings, self.device, self.dtype, processes)
+
+    def tell_dry_run(self, plan: RunPlan) -> None:
+        """Tells what the run would be. UserError where the files of an earlier run would not let it begin."""
+        obstacles = Problems()
+        if plan.resume is None:
+            obstacles.attempt(check_nothing_overwritten, self.settings.saving)
+        verdict = "a run would stop at what is told below; nothing else" if obstacles.found else "nothing"
+        logger.info("dry run: %s is wrong\n%s", verdict, self.described(plan))
+        obstacles.found = [placed(self.settings, problem) for problem in obstacles.found]
+        obstacles.raise_found()
 
     def load_and_attach(self, plan: RunPlan) -> None:
         """Loads the models and attaches a new network to them, proven to load where it will be used."""

@@ -261,6 +261,14 @@ def summary_table(network: Network, groups: Collection[Mapping[str, Any]]) -> st
     return "\n".join(lines)
 
 
+def described_adapters(network: Network) -> str:
+    """What trains: "280 lora rank 16, 113 norm"."""
+    types, paths = infer_types(network.adapter_tensors()), network.paths()
+    trained = {paths[id(parameter)] for parameter in network.parameters() if parameter.requires_grad}
+    kinds = Counter(_described(types[path]) for path in trained)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
+
+
 def _described(adapter: AdapterType) -> str:
     whole = " whole" if adapter.full_matrix else f" rank {adapter.rank}" if adapter.rank else ""
     return f"{adapter.kind}{whole}{' DoRA' if adapter.dora else ''}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors
 import torch
 
 from anima_train_network import AnimaNetworkTrainer, main
@@ -73,8 +75,97 @@ def test_a_dry_run_says_what_the_run_would_be(config, tmp_path, capsys):
     assert "model: 2 blocks, attention torch, gradient checkpointing off" in told
     assert "device: CPU, 1 process(es), model in float32" in told
     assert "length: 24 steps of 12 an epoch, from 4 pictures" in told
+    assert "start: " not in told
+    assert "training: AdamW, learning rate 0.001, constant\n" in told
+    assert f"output: {tmp_path / 'output' / 'tiny'}.safetensors as comfy, in float\n" in told
     assert "files: 4 adapters of 0.1 MiB, 1 states of up to 0.2 MiB" in told
     assert not (tmp_path / "output").exists() and not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 0.5, "optimizer_args": ["weight_decay=0.1"]},
+         "training: AdamW, weight_decay=0.1, learning rate 0.001, cosine, 1 steps of warmup"),
+        ({"unet_lr": 3e-4, "llm_adapter_lr": 5e-5},
+         "training: AdamW, learning rates transformer 0.0003, llm_adapter 5e-05, constant"),
+        ({"optimizer_type": "AdaFactor", "lr_scheduler": "adafactor"},
+         "training: AdaFactor, which sets its learning rate itself"),
+        ({"optimizer_type": "Prodigy", "learning_rate": 1.0},
+         "training: Prodigy, learning rate 1 times what it finds, constant"),
+        ({"adapter_format": ["comfy", "kohya"], "save_precision": "fp16"}, ".safetensors as comfy, kohya, in fp16"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_says_how_is_trained_and_what_is_written(config, capsys, settings, line):
+    if settings.get("optimizer_type") == "Prodigy":
+        pytest.importorskip("prodigyopt")
+    assert main(config(dry_run=True, **settings)) == 0
+    assert f"{line}\n" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_that_the_learning_rate_is_a_default(config, capsys):
+    words = config(dry_run=True)
+    path = Path(words[1])
+    path.write_text(path.read_text().replace("learning_rate = 0.001\n", ""))
+    assert main(words) == 0
+    line = "training: AdamW, learning rate 0.0001 (learning_rate is not set: its default), constant\n"
+    assert line in capsys.readouterr().err
+    assert main([*words, "--unet_lr", "3e-4"]) == 0
+    assert "training: AdamW, learning rate 0.0003, constant\n" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_what_trains(config, tiny_anima, capsys):
+    """Against the names in the model's file: Linears and norms, those of the LLM adapter apart."""
+    common = {"dry_run": True, "network_dim": 3, "network_alpha": 2}
+    assert main(config(**common, train_norm=False, network_args=["target_modules=q_proj"], llm_adapter_lr=0)) == 0
+    with safetensors.safe_open(tiny_anima / "anima.safetensors", "pt") as file:
+        names = [name for name in file.keys() if "llm_adapter" not in name]  # noqa: SIM118
+    projections, norms = (sum(name.endswith(f"{part}.weight") for name in names) for part in ("q_proj", "norm"))
+    told = capsys.readouterr().err
+    assert f"network: networks.lora_anima, alpha 2, target_modules=q_proj: {projections} lora rank 3\n" in told
+    assert projections and norms
+
+
+def test_a_dry_run_says_from_where_it_would_go_on(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()
+    assert main(config(max_train_steps=2, save_state_on_train_end=True)) == 0
+    state = tmp_path / "output" / "tiny-state"
+    looking = {"dry_run": True, "resume": "latest", "overwrite_output": False}
+    capsys.readouterr()
+    assert main(config(max_train_steps=12, **looking)) == 0
+    told = capsys.readouterr().err
+    assert (
+        "dry run: nothing is wrong\nmodel: " in told
+        and f"\nstart: at step 2, from {state}; 10 steps are left\n" in told
+    )
+    assert main(config(max_train_steps=2, **looking)) == 1
+    told = capsys.readouterr().err
+    assert f"resume: {state} is at step 2, and this run ends at step 2: raise max_train_steps" in told
+    assert "dry run" not in told
+    assert main(config(max_train_steps=12, initial_step=5, dry_run=True)) == 0
+    assert "\nstart: at step 5, from initial_step or initial_epoch; 7 steps are left\n" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_state_is_told_before_a_model_is_loaded(config, tmp_path, capsys):
+    assert main(config(resume=tmp_path)) == 1
+    assert f"resume: {tmp_path} is not a state folder (…-state): it has no run_state.json" in capsys.readouterr().err
+
+
+def test_a_dry_run_reports_although_an_earlier_runs_files_would_stop_the_run(config, tmp_path, capsys):
+    """As it writes nothing; with any other mistake there is no report, and both are told."""
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "tiny.safetensors").touch()
+    stopped = "holds files of an earlier run named tiny (tiny.safetensors): give another output_name"
+    looking = {"dry_run": True, "overwrite_output": False}
+    assert main(config(resume="latest", **looking)) == 1
+    report, _, error = capsys.readouterr().err.partition("error: ")
+    assert "dry run: a run would stop at what is told below; nothing else is wrong\nmodel: " in report
+    assert "no state of tiny" in report and "the run begins" not in report
+    assert stopped in error
+    assert main(config(initial_step=2, **looking)) == 1
+    report, _, error = capsys.readouterr().err.partition("error: ")
+    assert "dry run" not in report
+    assert stopped in error and "initial_step: the run would start at step 2" in error
 
 
 def test_a_dry_run_says_how_much_room_caches_take(config, tmp_path, capsys):

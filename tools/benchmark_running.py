@@ -109,7 +109,7 @@ class LoopTrainer(BenchmarkTrainer):
         return RunPlan(
             network_module=import_network_module(settings.network.network_module), network_arguments={}, network=None,
             rates={}, pictures=pictures, validation=(), epoch_steps=1000, total_steps=self.timed[1] + 1,
-            files=NO_FILES, resume=None, made_of={},
+            files=NO_FILES, resume=None, steps_done=0, made_of={},
         )  # fmt: skip
 
     def load_and_attach(self, plan: RunPlan) -> None:

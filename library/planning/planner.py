@@ -26,8 +26,8 @@ from library.training.optimization.ema import check_ema
 from library.training.optimization.optimizers import check_optimizer
 from library.training.optimization.schedule_checks import check_length
 from library.training.preflight import check_preflight
-from library.training.run import planned_steps, starting_state
-from library.training.saving.resuming import find_state
+from library.training.run import planned_steps
+from library.training.saving.resuming import find_state, steps_at_start
 from library.training.saving.rotation import check_nothing_overwritten, saved_files, size_of
 from library.training.saving.settings import NO_FILES, PlannedFiles, planned_files
 from library.training.saving.snapshot import Sections, check_snapshot
@@ -69,15 +69,18 @@ class Planner:
         pictures, validation = plan_pictures(settings.data, datasets, run.seed, self.is_main, problems)
         epoch_steps, files = 0, NO_FILES
         if pictures:
-            epoch_steps = self._epoch_steps(pictures, resume is not None, problems)
+            epoch_steps = self._epoch_steps(pictures, problems)
             if settings.data.cache_latents_to_disk:
                 folder = settings.data.cache_dir or pictures[0].path.parent
                 warn_of_cache_space(folder, latent_bytes(pictures + validation))
         total_steps = planned_steps(run, epoch_steps)
+        steps_done = problems.attempt(steps_at_start, run, resume, epoch_steps, total_steps) if pictures else None
         if network is not None and pictures:
             files = self._files(network, total_steps, epoch_steps)
             there = 0 if resume is None else sum(map(size_of, saved_files(saving)))
             problems.attempt(check_disk, saving.output_dir, files.total_bytes - there)
+        if resume is None and not settings.only_draws and (problems.found or not run.dry_run):
+            problems.attempt(check_nothing_overwritten, saving)  # else a dry run tells of it behind its report
         problems.found = [placed(settings, problem) for problem in problems.found]
         problems.raise_found()
         # An argument that was not given has a value too, which a resumed run must have as well.
@@ -92,17 +95,15 @@ class Planner:
         measured = tuple(map(as_measured, validation))
         return RunPlan(
             planned.module, planned.arguments, network, rates, pictures, measured, epoch_steps, total_steps, files,
-            resume, made_of,
+            resume, steps_done, made_of,
         )  # fmt: skip
 
     def _state_to_resume(self, problems: Problems) -> Path | None:
-        """The state to go on from. What is wrong with it, with the machine or with output_dir goes to `problems`."""
-        settings, saving = self.settings, self.settings.saving
+        """The state to go on from. What is wrong with it or with the machine goes to `problems`."""
+        settings = self.settings
         problems.attempt(check_device, settings.run, self.device)
         problems.attempt(check_preflight, settings.run, self.processes)
-        resume = problems.attempt(find_state, settings.run, saving, settings.hub)
-        if resume is None and not settings.only_draws:
-            problems.attempt(check_nothing_overwritten, saving)
+        resume = problems.attempt(find_state, settings.run, settings.saving, settings.hub)
         problems.attempt(check_trackers, settings.logging)
         return resume
 
@@ -119,13 +120,11 @@ class Planner:
                 problems.attempt(check_ema, settings.ema, optimizer)
         return rates
 
-    def _epoch_steps(self, pictures: Sequence[Picture], resumes: bool, problems: Problems) -> int:
+    def _epoch_steps(self, pictures: Sequence[Picture], problems: Problems) -> int:
         """Steps of an epoch. What is wrong with the run's length goes to `problems`."""
         run = self.settings.run
         steps = steps_per_epoch(pictures, self.settings.batch_sizes, run.gradient_accumulation_steps, self.processes)
         problems.attempt(check_length, self.settings.schedule, planned_steps(run, steps))
-        if not resumes:
-            problems.attempt(starting_state, run, steps)
         return steps
 
     def _files(self, network: Network, total_steps: int, epoch_steps: int) -> PlannedFiles:

@@ -10,7 +10,7 @@ from library.training.run import LATEST, RunSettings, RunState, starting_state
 from library.training.saving.checked_files import damage_of
 from library.training.saving.rotation import saved_files
 from library.training.saving.settings import SavingSettings
-from library.training.saving.states import Resumable, load_state
+from library.training.saving.states import Resumable, load_state, read_run_state
 from library.training.saving.upload import HubSettings, download_state
 
 logger = logging.getLogger(__name__)
@@ -46,8 +46,21 @@ def latest_state(saving: SavingSettings) -> Path | None:
         if damage is None:
             return folder
         logger.warning("resume: %s is damaged (%s): looking for an earlier one", folder, damage)
-    logger.info("resume: no state of %s in %s yet: the run begins", saving.output_name, saving.output_dir)
+    logger.info("resume: no state of %s in %s yet, so this is a new run", saving.output_name, saving.output_dir)
     return None
+
+
+def steps_at_start(run: RunSettings, resume: Path | None, steps_per_epoch: int, total_steps: int) -> int:
+    """Steps that are done where the run begins or goes on. SettingError where none are left to train."""
+    if resume is None:
+        return starting_state(run, steps_per_epoch).step
+    step = read_run_state(resume).step
+    if step >= total_steps:
+        raise SettingError(
+            f"resume: {resume} is at step {step}, and this run ends at step {total_steps}: "
+            "raise max_train_steps or max_train_epochs"
+        )
+    return step
 
 
 def first_state(
@@ -55,7 +68,7 @@ def first_state(
 ) -> RunState:
     """Where the run begins, or goes on: then weights, optimizer and schedule are those of the state `resume`.
 
-    Raises SettingError where nothing is left to train, and what `load_state` raises.
+    Raises what `load_state` raises.
     """
     if resume is None:
         state = starting_state(run, steps_per_epoch)
@@ -66,11 +79,6 @@ def first_state(
             )  # fmt: skip
         return state
     state = load_state(resume, parts, run.resume_ignore_optimizer_mismatch)
-    if state.step >= total_steps:
-        raise SettingError(
-            f"resume: {resume} is at step {state.step}, and this run ends at step {total_steps}: "
-            "raise max_train_steps or max_train_epochs"
-        )
     logger.info("resumed from %s at step %d of %d", resume, state.step, total_steps)
     skip_finished_epoch(state, steps_per_epoch)
     return state

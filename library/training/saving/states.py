@@ -113,8 +113,7 @@ def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool =
     Raises SettingError when the folder is no state or lacks what this run needs, ModelFileError when a file of it is
     damaged, or belongs to a network of other modules or shapes.
     """
-    if not (folder / "run_state.json").is_file():
-        raise SettingError(f"resume: {folder} is not a state folder (…-state): it has no run_state.json")
+    _check_is_state(folder)
     if damage := damage_of(folder):
         raise _damaged(folder, damage)
     try:
@@ -140,6 +139,20 @@ def load_state(folder: Path, parts: Resumable, ignore_optimizer_mismatch: bool =
     for name in parts.others.keys() - others.keys():
         logger.warning("resume: %s has no %s.pt: that part starts anew", folder, name)
     return state
+
+
+def read_run_state(folder: Path) -> RunState:
+    """How far the state has come. SettingError when the folder is no state, ModelFileError when that is damaged."""
+    _check_is_state(folder)
+    try:
+        return RunState.load(folder / "run_state.json")
+    except _DAMAGED as error:
+        raise _damaged(folder, error) from error
+
+
+def _check_is_state(folder: Path) -> None:
+    if not (folder / "run_state.json").is_file():
+        raise SettingError(f"resume: {folder} is not a state folder (…-state): it has no run_state.json")
 
 
 def check_shapes(folder: Path, network: nn.Module) -> None:
