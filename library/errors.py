@@ -48,6 +48,11 @@ class Problems:
             raise UserError("\n".join(self.found))
 
 
+def counted(number: int, one: str, several: str) -> str:
+    """ "1 picture has", "2 pictures have"."""
+    return f"{number} {one if number == 1 else several}"
+
+
 def first_ten(names: Iterable[str], separator: str = ", ") -> str:
     """The first ten names for a message, and how many more there are."""
     listed = list(names)

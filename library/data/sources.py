@@ -13,7 +13,7 @@ from library.data.caption_fields import CaptionFields, fields_from_files, fields
 from library.data.folders import PICTURE_ENDINGS, pictures_in, warn_of_unread
 from library.data.metadata_files import PictureMetadata, read_metadata_file
 from library.data.settings import DatasetSettings, SubsetSettings
-from library.errors import DataError, first_ten
+from library.errors import DataError, counted, first_ten
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,8 @@ def _from_folder(subset: SubsetSettings) -> list[_Listed]:
         except DataError as error:
             unreadable.append(str(error))
     if unreadable:
-        raise DataError(f"{len(unreadable)} caption files cannot be read:\n{listed(unreadable)}")
+        files = counted(len(unreadable), "caption file", "caption files")
+        raise DataError(f"{files} cannot be read:\n{listed(unreadable)}")
     if subset.caption_mix is None:
         _warn_of_unused_files(paths, subset)
     own = _checked_fields([str(path) for path in paths], fields, subset, f"file ({subset.caption_extension})")
@@ -94,10 +95,15 @@ def _checked_fields(
             without["natural language" if fields.tags else "tags"].append(name)
         if not subset.enable_wildcard and "\n" in f"{fields.tags}{fields.nl}":
             cut.append(name)
-    _warn(missing, f"pictures have no caption {place}; they get class_tokens, or an empty caption without")
+    gets = "it gets" if len(missing) == 1 else "they get"
+    caption = f'"{subset.class_tokens}", by class_tokens' if subset.class_tokens else "an empty caption"
+    _warn(missing, "picture has", "pictures have", f"no caption {place}; {gets} {caption}")
     for field, lacking in without.items():
-        _warn(lacking, f"pictures have no {field}; caption_mix uses what they have in each form")
-    _warn(cut, "captions have several lines, of which the first is used; enable_wildcard would draw one each time")
+        _warn(lacking, "picture has", "pictures have", f"no {field}; caption_mix uses the other in each form")
+    _warn(
+        cut, "caption has", "captions have",
+        "several lines, of which the first is used; enable_wildcard would draw one each time",
+    )  # fmt: skip
     return list(found) if subset.enable_wildcard else [fields.first_lines() for fields in found]
 
 
@@ -106,7 +112,7 @@ def _warn_of_unused_files(paths: Sequence[Path], subset: SubsetSettings) -> None
     beside = {path.name for path in subset.image_dir.glob(f"*{escape(subset.nl_extension)}")}
     unused = [name for path in paths if (name := path.stem + subset.nl_extension) in beside] if beside else []
     if subset.nl_extension != subset.caption_extension:
-        _warn(unused, "files of natural language are not used: set caption_mix")
+        _warn(unused, "file", "files", "of natural language not used: set caption_mix")
 
 
 def _from_metadata(subset: SubsetSettings) -> list[_Listed]:
@@ -135,8 +141,8 @@ def _warn_of_unused_texts(entries: Sequence[PictureMetadata], subset: SubsetSett
         unused, why = [entry.name for entry in entries if entry.nl], "nl: set caption_mix to use it"
     else:
         unused = [entry.name for entry in entries if entry.caption and entry.tags and entry.nl]
-        why = "caption: caption_mix uses their tags and nl"
-    _warn(unused, f"pictures in {subset.metadata_file} have an unused {why}")
+        why = "caption: caption_mix uses tags and nl"
+    _warn(unused, "picture", "pictures", f"in {subset.metadata_file} with an unused {why}")
 
 
 def _warn_of_unnamed(entries: Sequence[PictureMetadata], subset: SubsetSettings) -> None:
@@ -144,7 +150,7 @@ def _warn_of_unnamed(entries: Sequence[PictureMetadata], subset: SubsetSettings)
     named = {entry.path for entry in entries}
     beside = [path for folder in {path.parent for path in named} for path in pictures_in(folder)]
     unnamed = sorted(str(path) for path in beside if path not in named)
-    _warn(unnamed, f"pictures are not in {subset.metadata_file}, and are not trained")
+    _warn(unnamed, "picture is", "pictures are", f"not in {subset.metadata_file}, and not trained")
 
 
 def _masks(subset: SubsetSettings) -> dict[str, Path]:
@@ -160,12 +166,13 @@ def _check_masks(sources: Sequence[Source]) -> None:
         names = [
             f"{each.path} (nothing named {each.path.stem} in {each.subset.conditioning_data_dir})" for each in without
         ]
-        raise DataError(f"{len(without)} pictures have no mask; draw one, white for a whole picture:\n{listed(names)}")
+        pictures = counted(len(without), "picture has", "pictures have")
+        raise DataError(f"{pictures} no mask; draw one, white for a whole picture:\n{listed(names)}")
 
 
-def _warn(names: Sequence[str], what: str) -> None:
+def _warn(names: Sequence[str], one: str, several: str, what: str) -> None:
     if names:
-        logger.warning("%d %s:\n%s", len(names), what, listed(names))
+        logger.warning("%s %s:\n%s", counted(len(names), one, several), what, listed(names))
 
 
 def listed(names: Sequence[str]) -> str:

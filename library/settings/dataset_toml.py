@@ -10,15 +10,19 @@ from typing import Any
 
 from library.data.folders import find_subsets
 from library.data.settings import DatasetSettings, SubsetSettings
+from library.errors import did_you_mean
 from library.options import Option
 from library.settings.entries import COMMAND_LINE, Entry, Given
-from library.settings.groups import dataset_options, shared_dataset_options, subset_options
+from library.settings.groups import by_spelling, dataset_options, shared_dataset_options, subset_options
 from library.settings.resolve import resolve
 from library.settings.toml_files import KeyPath, TomlFile
 
 logger = logging.getLogger(__name__)
 
 Values = Mapping[str, Given]
+
+# What names a subset's pictures.
+_PICTURES = {"image_dir", "metadata_file"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def _dataset_table(file: TomlFile, key_path: KeyPath, table: dict[str, Any], pro
 
 def _subset_values(file: TomlFile, key_path: KeyPath, table: dict[str, Any], problems: list[str]) -> Values:
     values = resolve(file.entries(table, *key_path), subset_options(), problems)
-    if "image_dir" not in table and "metadata_file" not in table:
+    others = by_spelling(subset_options()).keys() - _PICTURES
+    if not any(name in _PICTURES or did_you_mean(name, _PICTURES) for name in table if name not in others):
         problems.append(
             f"{file.source(*key_path)}: this subset has no image_dir; name its picture folder, or a metadata_file"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -29,8 +30,10 @@ _USERS = {
 def optimizer_problems(settings: Settings) -> Iterator[str]:
     """The optimizer exists, takes its arguments, and goes with its schedule and the other settings."""
     name = settings.optimizer.optimizer_type
+    # A rate below 0 is out of range, and told so.
+    usable = replace(settings.optimizer, learning_rate=max(0.0, settings.optimizer.learning_rate))
     try:
-        optimizer = check_optimizer(settings.optimizer)
+        optimizer = check_optimizer(usable)
     except SettingError as error:
         yield placed(settings, str(error))
         return

@@ -193,7 +193,7 @@ def buckets(settings: Settings) -> Iterator[str]:
     """Bucket sides fit the model, the limits are the right way round, and the resolution lies between them."""
     for i, dataset in enumerate(settings.datasets):
         prefix = f"datasets[{i}]."
-        if dataset.bucket_reso_steps % SIDE_UNIT:
+        if dataset.bucket_reso_steps > SIDE_UNIT and dataset.bucket_reso_steps % SIDE_UNIT:  # less is out of range
             name = origin(settings, "bucket_reso_steps", prefix)
             yield f"{name}: {dataset.bucket_reso_steps} is not a multiple of {SIDE_UNIT}"
         if dataset.min_bucket_reso > dataset.max_bucket_reso:

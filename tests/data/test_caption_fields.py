@@ -61,10 +61,11 @@ def test_two_files(tmp_path, draw, caplog):
     ]
     told = [record.getMessage() for record in caplog.records]
     assert [message.partition(";")[0] for message in told] == [
-        "1 pictures have no caption file (.txt)",
-        "1 pictures have no tags",
-        "1 pictures have no natural language",
+        "1 picture has no caption file (.txt)",
+        "1 picture has no tags",
+        "1 picture has no natural language",
     ]
+    assert "; it gets an empty caption:" in told[0]
     assert [name in message for message, name in zip(told, ("none.png", "nl.png", "tags.png"), strict=True)] == [
         True
     ] * 3
@@ -74,7 +75,7 @@ def test_without_a_mix_natural_language_is_left_and_told(tmp_path, draw, caplog)
     draw("a", caption="cat")
     (tmp_path / "a.nl.txt").write_text("A cat.")
     assert fields(scan(tmp_path)) == [("a", "cat", "")]
-    assert "1 files of natural language are not used: set caption_mix:\n  a.nl.txt" in caplog.text
+    assert "1 file of natural language not used: set caption_mix:\n  a.nl.txt" in caplog.text
 
 
 def test_other_ending(tmp_path, draw):
@@ -131,7 +132,7 @@ def test_a_metadata_file(metadata, caplog):
         ("e", "1girl", "A girl."),
         ("f", "thing", ""),
     ]
-    assert "1 pictures in" in caplog.text and "unused caption: caption_mix uses their tags and nl:\n  c" in caplog.text
+    assert "1 picture in" in caplog.text and "unused caption: caption_mix uses tags and nl:\n  c" in caplog.text
 
 
 def test_a_metadata_file_without_a_mix_is_one_text_as_kohyas_scripts_have_it(metadata, caplog):
@@ -139,7 +140,7 @@ def test_a_metadata_file_without_a_mix_is_one_text_as_kohyas_scripts_have_it(met
     assert [text for _, text, _ in fields(pictures)] == [
         "A cat., cat, red", "dog, blue", "A bird flies., bird", "one, x", "1girl ### A girl.", "",
     ]  # fmt: skip
-    assert "2 pictures in" in caplog.text and "have an unused nl: set caption_mix to use it:\n  b\n  c" in caplog.text
+    assert "2 pictures in" in caplog.text and "with an unused nl: set caption_mix to use it:\n  b\n  c" in caplog.text
     drawn = scan(metadata.parent, metadata_file=metadata, enable_wildcard=True)
     assert drawn[3].caption == "one, x\ntwo, x"
 

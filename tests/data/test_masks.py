@@ -133,7 +133,7 @@ def test_without_masks_there_are_no_weights(masked):
 
 def test_missing_and_misshapen_masks_are_named(masked):
     (masked.masks / "a.png").unlink()
-    with pytest.raises(DataError, match=r"1 pictures have no mask(?s:.)*a\.png \(nothing named a in"):
+    with pytest.raises(DataError, match=r"1 picture has no mask(?s:.)*a\.png \(nothing named a in"):
         masked(conditioning_data_dir=masked.masks)
     save_grey(masked.masks / "a.png", np.zeros((64, 64)))
     with pytest.raises(DataError, match=r"a\.png is 64x64, of another shape than (?s:.)*64x32"):

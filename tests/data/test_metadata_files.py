@@ -104,8 +104,8 @@ def test_a_subset_of_a_metadata_file(tmp_path, folder, caplog):
         ("0/0/a", "a cat, cat, sitting", (128, 64)),  # as the file says
         ("0/0/d.png", "thing", (64, 64)),
     ]
-    assert "1 pictures are not in" in caplog.text and "c.png" in caplog.text
-    assert "1 pictures have no caption in" in caplog.text
+    assert "1 picture is not in" in caplog.text and "c.png" in caplog.text
+    assert "1 picture has no caption in" in caplog.text
 
 
 def test_pictures_that_are_not_there_are_named(tmp_path, folder):

@@ -96,7 +96,7 @@ def test_odd_captions_are_read(scan, name, content, settings, expected):
 
 @pytest.mark.parametrize(("name", "content", "settings", "message"), BROKEN, ids=ids(BROKEN))
 def test_broken_captions_are_named_at_the_start(scan, name, content, settings, message):
-    with pytest.raises(DataError, match=rf"1 caption files cannot be read:\n.*a\.txt.*{re.escape(message)}"):
+    with pytest.raises(DataError, match=rf"1 caption file cannot be read:\n.*a\.txt.*{re.escape(message)}"):
         scan(content, settings)
 
 

@@ -59,7 +59,7 @@ def test_missing_captions_are_counted_and_named(tmp_path, draw, caplog):
     (record,) = caplog.records
     message = record.getMessage()
     assert record.levelno == logging.WARNING
-    assert message.startswith("12 pictures have no caption file (.txt); they get class_tokens")
+    assert message.startswith('12 pictures have no caption file (.txt); they get "sks cat", by class_tokens:')
     assert "p09.png" in message and "p10.png" not in message and "and 2 more" in message
 
 
@@ -67,7 +67,7 @@ def test_caption_is_the_first_line_and_the_rest_is_told(tmp_path, draw, caplog):
     draw("a", caption="\nfirst\nsecond\n")
     (picture,) = scan(dataset(tmp_path))
     assert picture.caption == "first"
-    assert "1 captions have several lines, of which the first is used" in caplog.text
+    assert "1 caption has several lines, of which the first is used" in caplog.text
 
 
 def test_other_caption_ending(tmp_path, draw):

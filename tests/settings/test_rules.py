@@ -162,3 +162,22 @@ def test_sizes_that_are_trained_as_others_are_warned_of_with_their_place(workpla
         "sets.toml:2: datasets.resolution: 250x256 is trained at 240x256: sides must be multiples of 16",
         "sets.toml:6: datasets.resolutions: 100x100 is trained at 96x96: sides must be multiples of 16",
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "words", "message"),
+    [
+        ("bucket_reso_steps = 10", ["--enable_bucket"], "sets.toml:2: datasets.bucket_reso_steps: 10 is out of range"),
+        ("", ["--learning_rate=-1"], "command line: --learning_rate: -1.0 is out of range"),
+        (
+            "[[datasets.subsets]]\nimage_dri = 'more'",
+            [],
+            "sets.toml:3: unknown setting datasets.subsets.image_dri",
+        ),
+        ("[[datasets.subsets]]\nnum_repeats = 2", [], "sets.toml:2: this subset has no image_dir"),
+    ],
+)
+def test_a_mistake_is_told_once(workplace, model_flags, line, words, message):
+    (workplace / "sets.toml").write_text(f'[[datasets]]\n{line}\n[[datasets.subsets]]\nimage_dir = "more"\n')
+    (told,) = error_of([*model_flags, "--dataset_config", "sets.toml", *words]).splitlines()
+    assert message in told
