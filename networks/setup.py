@@ -23,7 +23,7 @@ from networks.comfyui_reader import check_comfyui_reads
 from networks.creation import WHOLE_MATRIX_RANK, create_network_from_weights, weight_shapes
 from networks.key_formats import write_keys
 from networks.network import AdapterNetwork
-from networks.outside import OutsideNetwork, check_outside_settings, create_outside_network
+from networks.outside import LYCORIS, OutsideNetwork, check_outside_settings, create_outside_network
 from networks.settings import NetworkSettings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,10 @@ def import_network_module(name: str) -> ModuleType:
     try:
         module = importlib.import_module(name)
     except (ImportError, ValueError) as error:
-        hint = f"use one of {', '.join(_OWN_MODULES)}, or install the package it comes from"
+        package = "install the package it comes from"
+        if name == LYCORIS and isinstance(error, ModuleNotFoundError):
+            package = "pip install lycoris-lora"
+        hint = f"use one of {', '.join(_OWN_MODULES)}, or {package}"
         raise SettingError(f"network_module: {name!r} cannot be imported ({error}); {hint}") from error
     if not hasattr(module, "create_network"):
         raise SettingError(f"network_module: {name!r} has no create_network; use one of {', '.join(_OWN_MODULES)}")

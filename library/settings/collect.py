@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,32 @@ def settings_and_problems(argv: Sequence[str]) -> tuple[Settings, list[str]]:
     gathered = gather(argv, unread)
     settings = _settings_of(gathered, problems)
     if unread:
-        problems += problems_of(settings)
-        # Of what was not read it might be said that it is not set; what names a source is known to be wrong.
-        sources = {f"{given.source}: {given.label}" for given in settings.given.values()}
-        _raise([*unread, *(problem for problem in problems if any(source in problem for source in sources))])
+        _raise([*unread, *_certain([*problems, *problems_of(settings)], settings, unread)])
     problems += check_settings(settings)
+    if not argv:
+        problems.insert(0, "nothing is set: name a settings file by --config_file; configs/examples holds some to copy")
     if any(wrong_numbers(settings)):
         _raise(problems)
     return settings, problems
+
+
+def _certain(problems: Sequence[str], settings: Settings, unread: Sequence[str]) -> list[str]:
+    """The problems that hold whatever the settings say that could not be read, and now have their defaults.
+
+    They name the source of something that was read, and nothing else that was written in vain.
+    """
+    sources = {f"{given.source}: {given.label}" for given in settings.given.values()}
+    read = {name.rpartition(".")[2] for name in settings.given}
+    in_vain = _words(unread) & (top_level_options().keys() - read)
+    return [
+        problem
+        for problem in problems
+        if any(source in problem for source in sources) and not _words([problem]) & in_vain
+    ]
+
+
+def _words(texts: Sequence[str]) -> set[str]:
+    return {word for text in texts for word in re.findall(r"\w+", text)}
 
 
 def resolve_settings(argv: Sequence[str], problems: list[str]) -> Settings:
@@ -141,10 +160,11 @@ class _SettingsFile:
 
 def _existing_config(path: Path) -> Path:
     """The file as named, or with the '.toml' that may be left off."""
-    for candidate in (path, path.with_name(f"{path.name}.toml")):
+    candidates = [path] if path.suffix == ".toml" else [path, path.with_name(f"{path.name}.toml")]
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
-    raise SettingError(f"--config_file: there is no file {path} or {path}.toml")
+    raise SettingError(f"--config_file: there is no file {' or '.join(map(str, candidates))}")
 
 
 def _read_settings_file(file: TomlFile | None, problems: list[str]) -> _SettingsFile:

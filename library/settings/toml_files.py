@@ -20,6 +20,9 @@ else:
 
 KeyPath = tuple[str | int, ...]
 
+# How the reader tells a place, and what stands there where quotes are not closed.
+_LINE_AND_COLUMN = re.compile(r"(.*) \(at line (\d+), column (\d+)\)")
+_LINE_END = r"'\n'"
 _HEADING = re.compile(r"\s*(\[\[?)\s*([^\[\]]+?)\s*\]")
 _KEY = re.compile(r"""\s*((?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[A-Za-z0-9_-]+|"[^"]*"|'[^']*'))*)\s*=""")
 
@@ -66,7 +69,11 @@ def read_toml(path: Path) -> TomlFile:
         tables = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         hint = "; in paths write / instead of \\, or use single quotes" if "\\" in text else ""
-        raise SettingError(f"{path}: is not valid TOML: {error}{hint}") from error
+        if _LINE_END in str(error):
+            hint = "; close the quotes before the line ends" + hint
+        found = _LINE_AND_COLUMN.fullmatch(str(error))
+        place, what = (f"{path}:{found[2]}", f"{found[1]} in column {found[3]}") if found else (str(path), str(error))
+        raise SettingError(f"{place}: is not valid TOML: {what}{hint}") from error
     return TomlFile(path, tables, _key_lines(text))
 
 

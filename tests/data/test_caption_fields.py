@@ -65,7 +65,7 @@ def test_two_files(tmp_path, draw, caplog):
         "1 picture has no tags",
         "1 picture has no natural language",
     ]
-    assert "; it gets an empty caption:" in told[0]
+    assert '; it gets "thing", by class_tokens:' in told[0]
     assert [name in message for message, name in zip(told, ("none.png", "nl.png", "tags.png"), strict=True)] == [
         True
     ] * 3

@@ -1,6 +1,7 @@
 """From settings to a network that is proven to load."""
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -82,6 +83,13 @@ def test_network_modules_are_checked():
         import_network_module("")
     with pytest.raises(SettingError, match="'json' has no create_network"):
         import_network_module("json")
+
+
+def test_the_package_of_lycoris_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lycoris", None)
+    monkeypatch.delitem(sys.modules, "lycoris.kohya", raising=False)
+    with pytest.raises(SettingError, match=r"'lycoris\.kohya' cannot be imported .*pip install lycoris-lora"):
+        import_network_module("lycoris.kohya")
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,22 @@ def test_config_file_ending_may_be_left_off(workplace, needed_flags):
     write(workplace, "seed = 9")
     assert read_settings([*needed_flags, "--config_file", "my"]).run.seed == 9
     assert "there is no file other or other.toml" in error_of([*needed_flags, "--config_file", "other"])
+    assert error_of(["--config_file", "a/other.toml"]) == "--config_file: there is no file a/other.toml"
+
+
+def test_without_arguments_the_settings_file_is_named_first(workplace):
+    first, *others = error_of([]).splitlines()
+    assert first.startswith("nothing is set: name a settings file by --config_file")
+    assert len(others) == 4
+
+
+def test_nothing_is_said_of_a_default_in_place_of_what_could_not_be_read(workplace, needed_flags):
+    config = write(workplace, 'enable_bucket = true\nmax_bucket_reso = 512\nresolution = "512,abc"\nbatch_size = 0\n')
+    lines = error_of([*needed_flags, "--config_file", config]).splitlines()
+    assert [line.partition(" = ")[0].rpartition(": ")[0] or line for line in lines] == [
+        "my.toml:3",
+        "my.toml:4: batch_size",
+    ]
 
 
 def test_switches_can_be_turned_off_and_left_automatic(workplace, needed_flags):

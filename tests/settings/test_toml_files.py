@@ -70,11 +70,13 @@ def test_windows_line_ends_and_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"seed = 1\nvae = \n", "not valid TOML.*line 2"),
-        (b"seed = 1\nseed = 2\n", "not valid TOML.*line 2"),
+        (b"seed = 1\nvae = \n", r"broken\.toml:2: is not valid TOML: .* in column 7$"),
+        (b"seed = 1\nseed = 2\n", r"broken\.toml:2: is not valid TOML: .* in column 9$"),
+        (b'seed = 1\nvae = "a\nqwen = 2\n', r"broken\.toml:2: is not valid TOML: .*; close the quotes before the line"),
+        (b'vae = "a', r"broken\.toml: is not valid TOML: .*end of document"),
         (b"vae = '\xff'", "UTF-8"),
-        (rb'vae = "C:\models\vae"', "line 1.*write / instead of"),
-        (rb'vae = "C:\Users\me\vae"', "line 1.*write / instead of"),
+        (rb'vae = "C:\models\vae"', r"toml:1: .*write / instead of"),
+        (rb'vae = "C:\Users\me\vae"', r"toml:1: .*write / instead of"),
         (b"seed = " + b"9" * 5000, "not valid TOML"),
         (b"a = " + b"[" * 5000 + b"]" * 5000, "not valid TOML"),
     ],
