@@ -46,7 +46,7 @@ def test_all_mistakes_stand_in_one_report(config, tiny_anima, tmp_path, capsys):
         "gone.safetensors",
         "was given as a Qwen-Image VAE, and looks like an Anima",
         "spiece.model",
-        "1 pictures cannot be read",
+        "1 picture cannot be read",
     ):
         assert error.count(part) == 1, part
 

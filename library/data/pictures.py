@@ -14,7 +14,7 @@ from library.data.headers import PictureHeader
 from library.data.picture_index import PictureIndex
 from library.data.settings import DatasetSettings, SubsetSettings
 from library.data.sources import Source, find_sources, listed
-from library.errors import DataError
+from library.errors import DataError, counted
 from library.garbage import uncollected
 
 logger = logging.getLogger(__name__)
@@ -140,14 +140,17 @@ def _read_headers(
             animated.append(str(source.path))
     if broken and not skip_broken:
         advice = "repair or remove them, or set skip_broken_images = true to train without them"
-        raise DataError(f"{len(broken)} pictures cannot be read: {advice}\n{listed(broken)}")
+        raise DataError(f"{counted(len(broken), 'picture', 'pictures')} cannot be read: {advice}\n{listed(broken)}")
     if not found:
         raise DataError(f"none of the {len(sources)} pictures can be read:\n{listed(broken)}")
     if broken:
-        logger.warning("%d pictures cannot be read and are left out:\n%s", len(broken), listed(broken))
+        pictures = counted(len(broken), "picture", "pictures")
+        logger.warning("left out %s, which cannot be read:\n%s", pictures, listed(broken))
     if animated:
         logger.warning(
-            "%d pictures have several frames or pages; the first is trained:\n%s", len(animated), listed(animated)
+            "%s several frames or pages; the first is trained:\n%s",
+            counted(len(animated), "picture has", "pictures have"),
+            listed(animated),
         )
     return found
 

@@ -32,7 +32,8 @@ def _warn_of_long_context(settings: Settings) -> None:
     """More context rows than inference pads to are allowed, but worth a word."""
     if settings.model.anima_seq_len > 512:
         rows = settings.model.anima_seq_len
-        logger.warning("anima_seq_len: short captions get %d context rows, where inference gives them 512", rows)
+        name = origin(settings, "anima_seq_len")
+        logger.warning("%s: short captions get %d context rows, where inference gives them 512", name, rows)
 
 
 def _warn_of_full_precision(settings: Settings) -> None:

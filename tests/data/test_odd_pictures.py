@@ -149,7 +149,7 @@ def test_odd_pictures_are_read(tmp_path, name, content, size, colour, decode):
 @pytest.mark.parametrize(("name", "content"), BROKEN, ids=[each[0] for each in BROKEN])
 def test_broken_pictures_are_named_at_the_start(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"1 pictures cannot be read(?s:.)*{name}"):
+    with pytest.raises(DataError, match=rf"1 picture cannot be read(?s:.)*{name}"):
         scan(tmp_path)
     (tmp_path / "good.png").write_bytes(picture("PNG"))
     assert [each.path.name for each in scan(tmp_path, skip_broken=True)] == ["good.png"]
@@ -172,7 +172,7 @@ def test_several_frames_are_told(tmp_path, caplog):
     (tmp_path / "still.png").write_bytes(picture("PNG"))
     scan(tmp_path)
     message = caplog.records[-1].getMessage()
-    assert message.startswith("1 pictures have several frames or pages; the first is trained")
+    assert message.startswith("1 picture has several frames or pages; the first is trained")
     assert "moving.gif" in message and "still.png" not in message
 
 

@@ -101,7 +101,7 @@ def test_broken_pictures_are_left_out_when_asked(tmp_path, draw, caplog):
     draw("good", caption="x")
     (picture,) = scan(dataset(tmp_path), skip_broken=True)
     assert picture.path.name == "good.png"
-    assert "1 pictures cannot be read and are left out" in caplog.text and "cut.png" in caplog.text
+    assert "left out 1 picture, which cannot be read" in caplog.text and "cut.png" in caplog.text
 
 
 def test_nothing_readable_is_an_error_even_when_skipping(tmp_path):
