@@ -20,7 +20,8 @@ _REFRESHES_PER_SECOND = 2
 class RunDisplay(Sink):
     """A few lines that are written anew, where stderr is a terminal; else a line at a log point now and then.
 
-    Both tell step, loss, rate, speed, memory and time left; the lines in a terminal also the last save and alert.
+    Both tell step, loss, rate, speed, memory and time left; the lines in a terminal also the last save and alert,
+    and how the run ended.
     """
 
     def __init__(self, total_steps: int, console: Console | None = None) -> None:
@@ -86,5 +87,7 @@ class RunDisplay(Sink):
             ProgressBar(total=self._total_steps, completed=self._step, width=40),
             share,
         )
-        lines = [self._numbers(), *(f"last {kind}: {text}" for kind, text in self._last.items())]
+        # An end's text goes on from there: "stopped", "ended by ValueError: …".
+        events = (f"run {text}" if kind == "end" else f"last {kind}: {text}" for kind, text in self._last.items())
+        lines = [self._numbers(), *events]
         return Group(bar, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines if line))

@@ -49,9 +49,11 @@ def test_a_terminal_shows_numbers_and_the_last_events(capsys):
     shown.event("save", 1, "tiny-000001.safetensors")
     shown.event("save", 2, "tiny-000002.safetensors")
     shown.event("alert", 2, "the loss is 9, where 1 is usual " + "x" * 200)
+    shown.event("end", 2, "stopped")
     shown.close()
     last = terminal.file.getvalue().split("\r")[-1].split("step 2 of 4")[-1]
     assert " 50%" in last
+    assert "\nrun stopped (step 2)" in last and "last end" not in last
     assert NUMBERS in last
     assert "last save: tiny-000002.safetensors (step 2)" in last
     assert "tiny-000001" not in last
