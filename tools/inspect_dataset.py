@@ -24,6 +24,7 @@ from library.data.epochs import bucket_table, filled_datasets
 from library.errors import SettingError, UserError, first_ten
 from library.settings import Settings
 from library.settings.collect import resolve_settings
+from library.settings.file_rules import picture_folders
 from library.settings.rules import data, wrong_numbers
 from tools.contact_sheet import save_contact_sheet
 from tools.dataset_report import LONG_CAPTION, DatasetReport, Fit, readable_pictures, report_dataset
@@ -65,7 +66,7 @@ def _settings(words: Sequence[str]) -> Settings:
     settings = resolve_settings(words, problems)
     if not settings.datasets:
         raise SettingError("\n".join(problems))
-    if wrong := [*wrong_numbers(settings), *data(settings)]:
+    if wrong := [*wrong_numbers(settings), *data(settings), *picture_folders(settings)]:
         raise SettingError("\n".join(wrong))
     return settings
 

@@ -235,3 +235,15 @@ def test_as_a_program(folder):
     assert "2 pictures, used 2 times in an epoch\nlost, not trained: none\nwithout a caption: 1\n" in done.stdout
     assert "tags: 2, each with the pictures that have it\n  1 a, 1 cat" in done.stdout
     assert not (folder / ".anima_cache").exists()
+
+
+def test_missing_folders_are_told_with_their_lines(folder, tmp_path, capsys):
+    sets = tmp_path / "sets.toml"
+    sets.write_text(
+        '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "gone"\n'
+        '[[datasets.subsets]]\nimage_dir = "lost"\n'
+    )
+    assert main(["--dataset_config", str(sets)]) == 1
+    error = capsys.readouterr().err
+    for line, name in ((4, "gone"), (6, "lost")):
+        assert f"{sets}:{line}: datasets.subsets.image_dir: there is no folder {name}" in error
