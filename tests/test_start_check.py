@@ -218,7 +218,7 @@ def test_a_run_over_an_earlier_ones_files_is_warned_of_them(config, tmp_path, ca
         (tmp_path / "output" / name).touch()
     assert main(config(max_train_steps=1, **looking)) == 0
     told = capsys.readouterr().err
-    assert told.count("warning: overwrite_output: 2 files and states of an earlier run named tiny stay") == 1
+    assert told.count("warning: overwrite_output: an earlier run named tiny has left 2 files and states in") == 1
     assert "tiny.safetensors is the earlier run's until this one has ended" in told
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from library.errors import SettingError, first_ten
+from library.errors import SettingError, counted, first_ten
 from library.files import clear_leftovers, remove_folder
 from library.training.saving.settings import SavingSettings, kept_saves, saved_name
 from library.training.watching.samples import SAMPLE_FOLDER, sample_name
@@ -59,9 +59,10 @@ def check_nothing_overwritten(settings: SavingSettings) -> None:
 
 
 def _what_stays(settings: SavingSettings, found: list[str]) -> str:
+    number = counted(len(found), "file or state", "files and states")
     text = (
-        f"overwrite_output: {len(found)} files and states of an earlier run named {settings.output_name} stay in "
-        f"{settings.output_dir} until this run writes some of the same names: {first_ten(found)}"
+        f"overwrite_output: an earlier run named {settings.output_name} has left {number} in {settings.output_dir} "
+        f"({first_ten(found)}): what this run writes replaces those of the same names, and the others stay"
     )
     if (final := f"{settings.output_name}.safetensors") in found:
         text += f"; {final} is the earlier run's until this one has ended"

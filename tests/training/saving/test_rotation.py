@@ -86,9 +86,10 @@ def test_what_of_an_earlier_run_stays_beside_the_new_one_is_told(tmp_path, caplo
     settings = settings_for(tmp_path, overwrite_output=True)
     check_nothing_overwritten(settings)
     assert caplog.messages == [
-        f"overwrite_output: 14 files and states of an earlier run named a stay in {tmp_path} until this run writes "
-        f"some of the same names: a-state, {', '.join(steps[:9])}, and 4 more; a.safetensors is the earlier run's "
-        "until this one has ended; --resume latest means a state of that run until this one has saved its own"
+        f"overwrite_output: an earlier run named a has left 14 files and states in {tmp_path} "
+        f"(a-state, {', '.join(steps[:9])}, and 4 more): what this run writes replaces those of the same names, and "
+        "the others stay; a.safetensors is the earlier run's until this one has ended; --resume latest means a state "
+        "of that run until this one has saved its own"
     ]
     for name in ("a.safetensors", "a-state"):
         (tmp_path / name).rename(tmp_path / f"other {name}")
