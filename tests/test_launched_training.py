@@ -28,6 +28,11 @@ ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch", "--cp
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
+def hear_hang_ups():
+    """As in a terminal, also where the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def wait_for(text: str, log: Path, seconds: float) -> str:
     """What the run has said when it has said that."""
     deadline = time.monotonic() + seconds
@@ -53,7 +58,9 @@ def test_a_run_that_is_stopped_once_saves_and_says_how_to_go_on(config, tmp_path
     log = tmp_path / "log"
     with log.open("w") as file:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            words, env=environment, stdout=file, stderr=file, start_new_session=True, preexec_fn=hear_hang_ups
+        )
     try:
         wait_for("training 40 steps", log, 120)
         time.sleep(1)

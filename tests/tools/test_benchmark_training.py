@@ -124,7 +124,8 @@ def test_two_processes_count_the_images_of_both():
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     run = subprocess.run(
         [sys.executable, *launcher, benchmark_training.__file__, "lora", *SHORT],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True, timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}, check=True, stdout=subprocess.PIPE,
+        text=True, timeout=120,
     )  # fmt: skip
     (line,) = lines_of(run.stdout)
     assert line["processes"] == 2

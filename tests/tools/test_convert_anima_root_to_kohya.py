@@ -213,7 +213,7 @@ def test_names_folder_and_overwriting(workplace, capsys):
         (FULL.replace("batch_size = 2", "batch_size = 'two'"), [], "old.toml:24: training.batch_size = 'two'"),
         (MODEL, [], "no pictures are named"),
         (INLINE + "[dataset]\ndata_dir = 'train'", [], "both name the pictures"),
-        ("[model\n", [], "old.toml: is not valid TOML"),
+        ("[model\n", [], "old.toml:1: is not valid TOML"),
         (FULL, ["--train_args_name", "a/b"], "--train_args_name: 'a/b' is not a file name"),
         (FULL, ["--train_args_name", "a", "--dataset_name", "a.toml"], "are the same; give two names"),
         (FULL, ["--output_dir", ".", "--dataset_name", "old", "--overwrite"], "old.toml is the input itself"),

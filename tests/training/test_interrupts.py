@@ -42,6 +42,7 @@ def test_one_asks_for_a_stop_and_a_later_one_ends_at_once(number, handlers, monk
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP"])
 def test_the_end_of_a_launcher_or_a_terminal_asks_for_a_stop_however_often_it_comes(name, monkeypatch):
     number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
     monkeypatch.setattr(interrupts, "_ECHO_SECONDS", 0.0)
     with stop_requests() as stop:
         os.kill(os.getpid(), number)
