@@ -39,7 +39,7 @@ from torch import distributed
 from library.anima_runtime.config import AnimaConfig
 from library.console import show
 from library.plots import save_line_plot
-from library.training.processes import join_group, wait_for_all
+from library.training.processes import join_group
 from library.training.speed import MOST_FIXED_SHAPES
 from tools.anima_shapes import REAL, TINY, transformer_shapes
 from tools.benchmark_cases import (
@@ -289,7 +289,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.losses is not None and world.is_main_process:
         show_losses(losses, arguments.losses)
     if distributed.is_initialized():
-        wait_for_all()  # one that ends while another is at work may abort it
         distributed.destroy_process_group()
     return 0
 

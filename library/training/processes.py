@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ def join_group() -> None:
     """
     if int(os.environ.get("LOCAL_RANK", -1)) == -1:
         return
+    # Its functions keep the group that there is when it is imported, as torch._dynamo does: that group's threads would
+    # outlive its end, and might abort the process at its own.
+    import_module("torch.distributed.nn")
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     # The main process renders samples and saves while others wait for it; by default they give up after minutes.
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=timedelta(hours=6))
