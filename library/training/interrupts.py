@@ -55,15 +55,14 @@ def stop_requests() -> Iterator[StopRequest]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.ask(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM, *_LASTING]
-    heard = [number for number in numbers if number != _hang_up() or signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, handle) for number in heard}
+    hang_up = getattr(signal, "SIGHUP", None)
+    previous = {
+        number: signal.signal(number, handle)
+        for number in (signal.SIGINT, signal.SIGTERM, *_LASTING)
+        if number != hang_up or signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_IGN if stop.requested and number in _LASTING else handler)
-
-
-def _hang_up() -> int | None:
-    return getattr(signal, "SIGHUP", None)
